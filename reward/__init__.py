@@ -1,0 +1,1 @@
+"""What turns (prompt, completion) into numbers: tokens, log-probs, scores, reward models, measures."""
