@@ -6,8 +6,8 @@ Miller 2024, "Adding Error Bars to Evals" (arXiv 2411.00640, section 2.2). With 
     se² = G/(G-1) · Σ_g (Σ_i∈g (x_i - mean))² / n²
 
 where G/(G-1) and Student's t at G-1 degrees of freedom, which matter below some 30 prompts, are those of
-statsmodels' clustered regression. Every interval says how far the result could move with other prompts from the same source; the spread over training
-seeds is a different question and is shown as a number of its own.
+statsmodels' clustered regression. Every interval says how far the result could move with other prompts from
+the same source; the spread over training seeds is a different question and is shown as a number of its own.
 """
 
 import math
@@ -103,7 +103,7 @@ def minimum_detectable_effect(estimate: Estimate, power: float = 0.8, level: flo
 def best_of_n_kl(n: int) -> float:
     """Upper bound on KL(best-of-n || its policy), nats per reply: ln n - (n-1)/n.
 
-    Near exact where no single reply is likely, otherwise only a bound (Beirami et al. 2024, arXiv 2401.01879).
+    Near exact where no single reply is likely, else only a bound (Beirami et al. 2024, arXiv 2401.01879).
     """
     if n < 1:
         raise ValueError(f"best of {n}: n is at least 1")
