@@ -1,0 +1,158 @@
+"""Sampling: one loop over the unmodified Hugging Face model, for `sample`, PPO, evaluation and best-of-n.
+
+Every prompt draws from a generator of its own, seeded by its key, and a token is chosen by inverting the
+cumulative distribution at one uniform number: which rows share a batch never changes a draw.
+"""
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+
+from reward.tokens import device_of, pad_id
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One reply as sampled."""
+
+    tokens: list[int]
+    """Token ids, the stop token included when there was one."""
+    logprobs: list[float]
+    """Natural log-probability of each token in the distribution it was drawn from."""
+    stopped: bool
+    """Ended by its own stop token, not by the limit."""
+
+
+class Bar(Protocol):
+    def advance(self, n: int = 1, **shown: float) -> None: ...
+
+
+class Sampler:
+    """Samples replies of at most `max_new_tokens` tokens at `temperature`, with neither top-k nor top-p."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        tokenizer: PreTrainedTokenizerBase,
+        max_new_tokens: int,
+        temperature: float = 1.0,
+        batch_size: int = 128,
+    ):
+        self.model, self.tokenizer = model, tokenizer
+        self.max_new_tokens, self.temperature, self.batch_size = max_new_tokens, temperature, batch_size
+        self.stop = int(tokenizer.eos_token_id)
+        self.limit = getattr(model.config, "max_position_embeddings", None)
+
+    def sample(
+        self, prompts: Sequence[list[int]], keys: Sequence[str], bar: Bar | None = None
+    ) -> list[Sample]:
+        """One reply to each prompt (token ids); `keys` seed the draws, one for each prompt.
+
+        Raises ValueError for a prompt that leaves no room for a reply.
+        """
+        self._check(prompts)
+        samples: list[Sample | None] = [None] * len(prompts)
+        order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), i))
+        training = self.model.training
+        self.model.eval()
+        for start in range(0, len(order), self.batch_size):
+            rows = order[start : start + self.batch_size]
+            for i, sample in zip(
+                rows, self._batch([prompts[i] for i in rows], [keys[i] for i in rows]), strict=True
+            ):
+                samples[i] = sample
+            if bar:
+                bar.advance(len(rows))
+        self.model.train(training)
+        return [sample for sample in samples if sample is not None]
+
+    def text(self, sample: Sample) -> str:
+        """The reply without its stop token, byte for byte as the model wrote it."""
+        tokens = sample.tokens[:-1] if sample.stopped else sample.tokens
+        return str(self.tokenizer.decode(tokens, clean_up_tokenization_spaces=False))
+
+    @torch.inference_mode()
+    def _batch(self, prompts: list[list[int]], keys: list[str]) -> list[Sample]:
+        uniforms = torch.stack([_uniforms(key, self.max_new_tokens) for key in keys])
+        tokens: list[list[int]] = [[] for _ in prompts]
+        logprobs: list[list[float]] = [[] for _ in prompts]
+        stopped = [False] * len(prompts)
+        alive = list(range(len(prompts)))  # which prompt each row of the cache belongs to
+        for step, logits in enumerate(self._decode(prompts, tokens, stopped, alive)):
+            logp = torch.log_softmax(logits.float() / self.temperature, dim=-1)
+            chosen = _invert(logp, uniforms[alive, step].to(logp.device))
+            picked = logp.gather(1, chosen[:, None]).squeeze(1)
+            for row, token, value in zip(alive, chosen.tolist(), picked.tolist(), strict=True):
+                if not stopped[row]:
+                    tokens[row].append(token)
+                    logprobs[row].append(value)
+                    stopped[row] = token == self.stop
+        return [Sample(*row) for row in zip(tokens, logprobs, stopped, strict=True)]
+
+    def _decode(
+        self, prompts: list[list[int]], tokens: list[list[int]], stopped: list[bool], alive: list[int]
+    ) -> Iterator[Tensor]:
+        """Logits of the next token, (rows alive, V), step after step; finished rows leave the cache.
+
+        The caller appends to `tokens` and sets `stopped` between steps; `alive` is kept up to date here.
+        """
+        ids, mask = _left_pad(prompts, pad_id(self.model), device_of(self.model))
+        cache: Any = None
+        for _ in range(self.max_new_tokens):
+            output = self.model(
+                input_ids=ids,
+                attention_mask=mask,
+                position_ids=(mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :],
+                past_key_values=cache,
+                use_cache=True,
+                logits_to_keep=1,
+            )
+            cache = output.past_key_values
+            yield output.logits[:, -1]
+            if all(stopped):
+                return
+            # A copy of the cache costs about as much as a step: worth it once a fifth of the rows are done.
+            if sum(stopped[row] for row in alive) > len(alive) / 5:
+                keep = torch.tensor([i for i, row in enumerate(alive) if not stopped[row]]).to(mask.device)
+                alive[:] = [row for row in alive if not stopped[row]]
+                cache.batch_select_indices(keep)
+                mask = mask[keep]
+            ids = torch.tensor([[tokens[row][-1]] for row in alive], device=mask.device)
+            mask = torch.cat([mask, mask.new_ones(len(alive), 1)], dim=1)
+
+    def _check(self, prompts: Sequence[list[int]]) -> None:
+        if self.limit is None:
+            return
+        for index, prompt in enumerate(prompts):
+            if len(prompt) + self.max_new_tokens > self.limit:
+                raise ValueError(
+                    f"prompt {index + 1} has {len(prompt)} tokens: with {self.max_new_tokens} for the reply "
+                    f"it is over the model's {self.limit} positions; shorten it or ask for fewer tokens"
+                )
+
+
+def _uniforms(key: str, count: int) -> Tensor:
+    seed = int.from_bytes(hashlib.sha256(key.encode()).digest()[:7], "big")
+    return torch.rand(count, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def _invert(logp: Tensor, uniform: Tensor) -> Tensor:
+    """Inverse-CDF sampling: (B, V) log-probabilities and (B,) uniforms -> (B,) token ids.
+
+    float64, since a float32 sum over a large vocabulary misses 1 by more than a rare token weighs.
+    """
+    cdf = logp.double().exp().cumsum(dim=-1)
+    found = torch.searchsorted(cdf, (uniform * cdf[:, -1])[:, None], right=True).squeeze(1)
+    return found.clamp(max=logp.shape[-1] - 1)
+
+
+def _left_pad(prompts: list[list[int]], pad: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    width = max(map(len, prompts))
+    ids = torch.tensor([[pad] * (width - len(p)) + p for p in prompts], device=device)
+    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
+    return ids, mask
