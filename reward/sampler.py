@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
+from annotate.records import DataError
 from reward.tokens import device_of, pad_id
 
 
@@ -53,9 +54,9 @@ class Sampler:
     ) -> list[Sample]:
         """One reply to each prompt (token ids); `keys` seed the draws, one for each prompt.
 
-        Raises ValueError for a prompt that leaves no room for a reply.
+        Raises DataError for a prompt that leaves no room for a reply, naming it by its key.
         """
-        self._check(prompts)
+        self._check(prompts, keys)
         samples: list[Sample | None] = [None] * len(prompts)
         order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), i))
         training = self.model.training
@@ -125,14 +126,12 @@ class Sampler:
             ids = torch.tensor([[tokens[row][-1]] for row in alive], device=mask.device)
             mask = torch.cat([mask, mask.new_ones(len(alive), 1)], dim=1)
 
-    def _check(self, prompts: Sequence[list[int]]) -> None:
-        if self.limit is None:
-            return
-        for index, prompt in enumerate(prompts):
-            if len(prompt) + self.max_new_tokens > self.limit:
-                raise ValueError(
-                    f"prompt {index + 1} has {len(prompt)} tokens: with {self.max_new_tokens} for the reply "
-                    f"it is over the model's {self.limit} positions; shorten it or ask for fewer tokens"
+    def _check(self, prompts: Sequence[list[int]], keys: Sequence[str]) -> None:
+        for prompt, key in zip(prompts, keys, strict=True):
+            if self.limit is not None and len(prompt) + self.max_new_tokens > self.limit:
+                raise DataError(
+                    f"prompt {key}: {len(prompt)} tokens and {self.max_new_tokens} for the reply exceed "
+                    f"the {self.limit} positions of the model; shorten it, lower max_new_tokens or drop it"
                 )
 
 

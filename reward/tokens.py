@@ -117,7 +117,7 @@ def scores(model: Any, batch: Batch) -> Tensor:
     ).last_hidden_state
     last = torch.zeros_like(batch.attention_mask, dtype=torch.bool)
     last.scatter_(1, batch.attention_mask.sum(1, keepdim=True) - 1, True)
-    return model.score(hidden[last]).float().squeeze(-1)  # type: ignore[operator, no-any-return]
+    return model.score(hidden[last]).float().squeeze(-1)  # type: ignore[no-any-return]
 
 
 def logprobs(
@@ -174,12 +174,16 @@ def _without_grad(
     training = model.training
     model.eval()
     for group in micro_batches(examples):
-        batch = Batch.of([examples[i] for i in group], pad_id(model), device_of(model))
+        batch = batch_of(model, [examples[i] for i in group])
         rows = iter(rows_of(batch))
         for i in group:
             results[i] = [next(rows) for _ in examples[i].completions]
     model.train(training)
     return results
+
+
+def batch_of(model: nn.Module, examples: Sequence[Example]) -> Batch:
+    return Batch.of(examples, pad_id(model), device_of(model))
 
 
 def pad_id(model: nn.Module) -> int:

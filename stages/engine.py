@@ -1,0 +1,220 @@
+"""The training engine: one `transformers.Trainer` for every method; an objective says what the loss is.
+
+One batch of the loader is one optimiser step: a fixed number of examples, split here into micro-batches of
+similar length under a token budget, each weighted so that the loss is normalised over the whole step. The
+result does not depend on how the step was split. Callbacks, clipping, schedules, checkpoints and resume are
+the Trainer's own.
+"""
+
+import math
+import shutil
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from stages.run import Run
+from torch import Tensor, nn
+from transformers import Trainer, TrainerCallback, TrainingArguments
+
+from reward.tokens import MAX_TOKENS, micro_batches
+from stages.config import UserError
+
+COMPLETE = "complete"
+"""Marks a checkpoint folder whose files are all there: the Trainer writes them one after another."""
+
+MAX_SKIPPED = 10
+"""Steps in a row without a finite gradient after which training ends."""
+
+
+class Objective(Protocol):
+    """What one optimiser step minimises: `loss` summed over its micro-batches, divided by `weight`."""
+
+    def weight(self, examples: Sequence[Any]) -> float:
+        """Normaliser of a whole step: its number of examples, pairs or tokens."""
+
+    def loss(self, model: nn.Module, examples: Sequence[Any]) -> tuple[Tensor, dict[str, Tensor]]:
+        """(summed loss, summed metrics) of one micro-batch; both are divided by the weight of the step."""
+
+
+class Steps(Protocol):
+    """Where the batches come from; its length is the exact number of optimiser steps of the training."""
+
+    metrics: dict[str, float]
+    """What to log beside the loss."""
+
+    def __len__(self) -> int: ...
+
+    def start(self, step: int) -> Iterator[Sequence[Any]]:
+        """The batches from optimiser step `step` on, a function of the seed and the step alone.
+
+        An empty batch is a step that changes nothing.
+        """
+
+
+class Epochs:
+    """Passes over a list of examples, freshly shuffled each time; the last batch of a pass may be short."""
+
+    def __init__(self, examples: Sequence[Any], args: TrainingArguments):
+        self.examples, self.seed = examples, args.seed
+        self.metrics: dict[str, float] = {}
+        self.size = args.per_device_train_batch_size * args.gradient_accumulation_steps
+        self.per_epoch = math.ceil(len(examples) / self.size)
+        total = math.ceil(args.num_train_epochs * self.per_epoch)
+        self.total = args.max_steps if args.max_steps > 0 else total
+
+    def __len__(self) -> int:
+        return self.total
+
+    def start(self, step: int) -> Iterator[Sequence[Any]]:
+        for number in range(step, self.total):
+            epoch, index = divmod(number, self.per_epoch)
+            generator = torch.Generator().manual_seed(1_000_003 * self.seed + epoch)
+            order = torch.randperm(len(self.examples), generator=generator).tolist()
+            yield [self.examples[i] for i in order[index * self.size : (index + 1) * self.size]]
+
+
+class Engine(Trainer):
+    """Trains `model` on the batches of `steps` under `objective`."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        args: TrainingArguments,
+        objective: Objective,
+        steps: Steps,
+        callbacks: list[TrainerCallback] | None = None,
+        max_tokens: int = MAX_TOKENS,
+    ):
+        args.max_steps, args.gradient_accumulation_steps = len(steps), 1  # a batch is the whole step already
+        args.ignore_data_skip = True  # the loader below starts where training stopped
+        args.remove_unused_columns = False
+        args.logging_nan_inf_filter = False  # a loss that is not finite has to be seen
+        super().__init__(model=model, args=args, callbacks=callbacks)
+        self.objective, self.steps, self.max_tokens = objective, steps, max_tokens
+        self.sums: dict[str, float] = defaultdict(float)
+        self.skipped = 0
+
+    def get_train_dataloader(self) -> Any:
+        return _Loader(self)
+
+    def training_step(
+        self, model: nn.Module, inputs: Sequence[Any], num_items_in_batch: Any = None
+    ) -> Tensor:
+        """Forward and backward of one whole optimiser step, micro-batch by micro-batch."""
+        model.train()
+        total = torch.zeros((), device=self.args.device)
+        weight = self.objective.weight(inputs) if inputs else 1.0
+        for group in micro_batches(inputs, self.max_tokens):
+            with self.compute_loss_context_manager():
+                loss, metrics = self.objective.loss(model, [inputs[i] for i in group])
+            self.accelerator.backward(loss / weight)
+            total += loss.detach() / weight
+            for name, value in metrics.items():
+                self.sums[name] += float(value) / weight
+        self.sums["steps"] += bool(inputs)
+        return total
+
+    def _clip_grad_norm(self, model: nn.Module) -> Tensor:
+        """Clip; drop the gradients of a step whose norm is not finite, so that the optimiser skips it."""
+        norm: Tensor = super()._clip_grad_norm(model)
+        if torch.isfinite(norm):
+            self.skipped = 0
+            return norm
+        self.skipped += 1
+        self.sums["skipped_steps"] += 1
+        model.zero_grad(set_to_none=True)
+        if self.skipped > MAX_SKIPPED:
+            raise UserError(
+                f"no finite gradient in {self.skipped} steps in a row (step {self.state.global_step + 1}): "
+                "lower trainer.learning_rate"
+            )
+        return norm
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        steps = max(1.0, self.sums.pop("steps", 0.0))
+        skipped = self.sums.pop("skipped_steps", 0.0)
+        logs |= {name: value / steps for name, value in self.sums.items()} | self.steps.metrics
+        if skipped:
+            logs["skipped_steps"] = skipped
+        self.sums.clear()
+        super().log(logs, start_time)
+
+    def floating_point_ops(self, inputs: Any) -> int:
+        return 0
+
+
+class _Loader:
+    """Hands the steps to the Trainer one at a time. accelerate's loader would fetch one batch ahead, which
+    for
+    PPO means sampling from a policy that has not taken its last step."""
+
+    def __init__(self, engine: Engine):
+        self.engine = engine
+        self.dataset = range(len(engine.steps))  # the Trainer asks for its length
+
+    def __len__(self) -> int:
+        return len(self.engine.steps)
+
+    def __iter__(self) -> Iterator[Sequence[Any]]:
+        return self.engine.steps.start(self.engine.state.global_step)
+
+
+class Reporting(TrainerCallback):
+    """Connects a Trainer to its run: progress, metrics.jsonl, and the mark that a checkpoint is whole."""
+
+    def __init__(self, run: Run, description: str, shown: Sequence[str] = ("loss",)):
+        self.run, self.description, self.shown = run, description, shown
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.bar = self.run.progress(self.description, total=state.max_steps, unit="steps").__enter__()
+        self.bar.advance(state.global_step)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.bar.advance(1)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **kwargs: Any) -> None:
+        numbers = {k: v for k, v in logs.items() if isinstance(v, int | float) and k not in _CLOCK}
+        if "train_loss" not in numbers:
+            self.run.log(step=state.global_step, **numbers)
+            self.bar.advance(0, **{name: numbers[name] for name in self.shown if name in numbers})
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        (Path(args.output_dir) / f"checkpoint-{state.global_step}" / COMPLETE).touch()
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.bar.__exit__(None, None, None)
+
+
+_CLOCK = {"train_runtime", "train_samples_per_second", "train_steps_per_second", "total_flos", "epoch"}
+
+
+def arguments(run: Run, trainer: dict[str, Any], kind: Any = TrainingArguments, **defaults: Any) -> Any:
+    """TrainingArguments (or its subclass `kind`): our defaults, then the `trainer:` block of the config."""
+    common = {
+        "output_dir": str(run.path / "checkpoints"),
+        "seed": run.seed,
+        "report_to": "none",
+        "disable_tqdm": True,
+        "logging_steps": 10,
+        "save_steps": 100,
+        "save_total_limit": 2,  # one would be deleted before the next is known to be whole
+        "dataloader_pin_memory": False,
+    }
+    return kind(**(common | defaults | trainer))
+
+
+def train(engine: Trainer, run: Run) -> None:
+    """Train to the end, from the newest whole checkpoint of an earlier attempt if there is one."""
+    folder = Path(engine.args.output_dir)
+    whole, broken = [], []
+    for path in folder.glob("checkpoint-*"):
+        (whole if (path / COMPLETE).exists() else broken).append(path)
+    for path in broken:
+        shutil.rmtree(path)
+    newest = max(whole, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
+    if newest is not None:
+        run.say(f"continuing from {newest.name}")
+    engine.train(resume_from_checkpoint=str(newest) if newest else None)
+    shutil.rmtree(folder, ignore_errors=True)

@@ -1,0 +1,134 @@
+"""Base model: a tokenizer and a small Llama, trained from nothing on plain text. For where no checkpoint is
+given.
+
+    prefloop pretrain configs/quickstart.yaml pretrain.hidden=192
+
+Reads    corpus   plain text of the prepare stage, documents separated by blank lines
+         texts    further text files of the same form
+Writes   model/   tokenizer and weights, for `from_pretrained`
+"""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+from stages.run import Run
+
+from stages.config import KeysOf, Reads, StageConfig, UserError
+
+VERSION = 1
+
+CHAT_TEMPLATE = """\
+{%- for message in messages -%}
+{%- if message.role == 'assistant' -%}
+<|assistant|>{% generation %}{{ message.content }}<|end|>{% endgeneration %}
+{%- else -%}
+<|{{ message.role }}|>{{ message.content }}<|end|>
+{%- endif -%}
+{%- endfor -%}
+{%- if add_generation_prompt -%}<|assistant|>{%- endif -%}"""
+
+PAD, END, ROLES = "<|pad|>", "<|end|>", ("<|system|>", "<|user|>", "<|assistant|>")
+
+
+class Config(StageConfig):
+    corpus: Annotated[str, Reads("corpus.txt")]
+    texts: list[Annotated[str, Reads("")]] = []
+    seed: int = 0
+    """Fixed, so that all seeds of an experiment share one base model."""
+    vocabulary: int = 2048
+    hidden: int = 128
+    layers: int = 4
+    heads: int = 4
+    positions: int = 512
+    """Longest sequence the model takes, in tokens; longer documents are cut into pieces."""
+    trainer: Annotated[dict[str, Any], KeysOf("transformers.TrainingArguments")] = {}
+
+
+def main(config: Config, run: Run) -> None:
+    from reward.model import save
+    from reward.tokens import Example
+    from stages.engine import Engine, Epochs, Reporting, arguments, train
+    from stages.objectives import NLL
+
+    documents = read_documents([config.corpus, *config.texts])
+    tokenizer = train_tokenizer(documents, config.vocabulary)
+    model = new_model(config, tokenizer)
+    pieces = [
+        ids[start : start + config.positions - 1]
+        for ids in tokenizer(documents)["input_ids"]
+        for start in range(0, len(ids), config.positions - 1)
+    ]
+    end = tokenizer.eos_token_id
+    examples = [Example([end], ([*piece, end],)) for piece in pieces if len(piece) < config.positions - 1]
+    examples += [Example([end], (piece,)) for piece in pieces if len(piece) == config.positions - 1]
+
+    args = arguments(run, config.trainer, learning_rate=2e-3, warmup_steps=20, lr_scheduler_type="cosine")
+    train(Engine(model, args, NLL(), Epochs(examples, args), [Reporting(run, "base model")]), run)
+    save(model, tokenizer, run.output("model"))
+    tokens = sum(len(example.completions[0]) for example in examples)
+    parameters = sum(p.numel() for p in model.parameters())
+    run.record(documents=len(documents), tokens=tokens, vocabulary=len(tokenizer), parameters=parameters)
+
+
+def read_documents(paths: list[str]) -> list[str]:
+    documents = []
+    for path in paths:
+        try:
+            text = Path(path).read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise UserError(f"{path}: not UTF-8 text ({error})") from None
+        documents += [block.strip() for block in text.split("\n\n") if block.strip()]
+    if not documents:
+        raise UserError(f"{', '.join(paths)}: no text to train a base model on")
+    return documents
+
+
+def train_tokenizer(documents: list[str], vocabulary: int) -> Any:
+    """Byte-level BPE: every text can be written, and comes back byte for byte."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocabulary,
+        special_tokens=[PAD, END, *ROLES],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(documents, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token=PAD,
+        eos_token=END,
+        chat_template=CHAT_TEMPLATE,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def new_model(config: Config, tokenizer: Any) -> Any:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=config.hidden,
+            intermediate_size=3 * config.hidden,
+            num_hidden_layers=config.layers,
+            num_attention_heads=config.heads,
+            num_key_value_heads=config.heads,
+            max_position_embeddings=config.positions,
+            pad_token_id=tokenizer.pad_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            bos_token_id=None,
+        )
+    )
+
+
+if __name__ == "__main__":
+    from stages.cli import launch
+
+    launch("pretrain")

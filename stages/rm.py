@@ -1,0 +1,150 @@
+"""Reward model: learn from judgements which reply to a prompt is better.
+
+    prefloop rm configs/quickstart.yaml rm.trainer.learning_rate=5e-4
+
+Reads    policy       whose trunk and tokenizer it starts from, usually the SFT model
+         judgements   comparisons of two replies; ties and strength count (see reward/losses.py)
+Writes   model/       a sequence-classification model with one label, for `from_pretrained`
+
+Comparisons of the training split train it, those of validation and test measure it. It reads token ids, the
+stop token included. Its accuracy stands beside two trivial judges: "longer wins" and a bag of words.
+"""
+
+from collections.abc import Sequence
+from itertools import groupby
+from typing import TYPE_CHECKING, Annotated, Any
+
+from stages.run import Run
+
+from annotate.records import Judgement, read
+from stages.config import Judgements, KeysOf, Model, StageConfig, UserError
+
+if TYPE_CHECKING:
+    from reward.losses import Comparison
+
+VERSION = 1
+
+
+class Config(StageConfig):
+    policy: Model
+    judgements: Judgements
+    max_length: int | None = None
+    """Tokens of prompt and reply; longer comparisons are left out and counted. None: what the model takes."""
+    trainer: Annotated[dict[str, Any], KeysOf("transformers.TrainingArguments")] = {}
+
+
+def main(config: Config, run: Run) -> None:
+    from reward.losses import PreferenceLikelihood
+    from reward.model import load_reward, new_reward_model, save
+    from stages.engine import Engine, Epochs, Reporting, arguments, train
+
+    judgements = read(config.judgements, Judgement)
+    train_rows = [j for j in judgements if j.split == "train"]
+    held_out = [j for j in judgements if j.split != "train"]
+    model, tokenizer = new_reward_model(config.policy)
+    limit = config.max_length or model.config.max_position_embeddings
+    examples = comparisons(tokenizer, train_rows, limit, run)
+
+    args = arguments(run, config.trainer, learning_rate=3e-4, lr_scheduler_type="cosine")
+    objective = PreferenceLikelihood(model, examples)
+    engine = Engine(
+        model, args, objective, Epochs(examples, args), [Reporting(run, "reward model", ("loss", "accuracy"))]
+    )
+    train(engine, run)
+
+    facts = {"thresholds": objective.detach(model), "labelled_by": who(train_rows)}
+    save(model, tokenizer, run.output("model"))
+    run.record(**facts)
+    reloaded, _ = load_reward(run.output("model"))
+    check_reload(model, reloaded, examples[:16])
+    measure(reloaded, tokenizer, train_rows, held_out, limit, run)
+
+
+def comparisons(tokenizer: Any, judgements: Sequence[Judgement], limit: int, run: Run) -> "list[Comparison]":
+    """One example for each pair judged, with the counts of its verdicts; what cannot be used is counted."""
+    from reward.losses import Comparison, count_preferences
+    from reward.tokens import completion_ids, prompt_ids
+
+    examples, long, undecided = [], 0, 0
+    rows = sorted((j for j in judgements if len(j.completions) == 2), key=lambda j: j.task)
+    for _, group in groupby(rows, key=lambda j: j.task):
+        of_pair = list(group)
+        first = of_pair[0]
+        example = Comparison(
+            prompt_ids(tokenizer, first.prompt),
+            tuple(completion_ids(tokenizer, text) for text in first.completions),
+            count_preferences(of_pair),
+        )
+        undecided += not sum(example.counts)
+        long += bool(sum(example.counts)) and example.length > limit
+        if sum(example.counts) and example.length <= limit:
+            examples.append(example)
+    dropped = {"too_long": long, "no_verdict": undecided, "not_a_pair": len(judgements) - len(rows)}
+    run.record(pairs=len(examples), dropped=dropped)
+    if not examples:
+        raise UserError(f"no comparison to train on: {len(judgements)} judgements, left out {dropped}")
+    return examples
+
+
+def measure(
+    model: Any, tokenizer: Any, train: list[Judgement], held_out: list[Judgement], limit: int, run: Run
+) -> None:
+    from reward import metrics
+
+    differences = score_differences(model, tokenizer, held_out, limit)
+    judged = [j for j, d in zip(held_out, differences, strict=True) if d is not None and j.preference]
+    if not judged:
+        run.gate("reward model above chance", False, "no held-out judgement to measure it on")
+        return
+    of_model = metrics.accuracy(
+        judged, [d for j, d in zip(held_out, differences, strict=True) if d is not None and j.preference]
+    )
+    of_length, of_words = metrics.longer_wins(judged), metrics.bag_of_words(train, judged)
+    for name, estimate in (("accuracy", of_model), ("longer_wins", of_length), ("bag_of_words", of_words)):
+        run.record(**{name: estimate.value, f"{name}_low": estimate.low, f"{name}_high": estimate.high})
+    run.record(held_out=of_model.n)
+    run.gate(
+        "reward model above chance",
+        of_model.low > 0.5 and of_model.value > of_length.value,
+        f"held-out accuracy {of_model.value:.3f} [{of_model.low:.3f}, {of_model.high:.3f}] on {of_model.n} "
+        f"judgements; longer wins {of_length.value:.3f}, bag of words {of_words.value:.3f}",
+    )
+
+
+def score_differences(
+    model: Any, tokenizer: Any, judgements: Sequence[Judgement], limit: int
+) -> list[float | None]:
+    """Score of the first completion minus that of the second; None where the model cannot hold the pair."""
+    from reward.tokens import Example, completion_ids, prompt_ids, rewards
+
+    examples = [
+        Example(
+            prompt_ids(tokenizer, j.prompt), tuple(completion_ids(tokenizer, t) for t in j.completions[:2])
+        )
+        for j in judgements
+    ]
+    fits = [i for i, example in enumerate(examples) if example.length <= limit]
+    differences: list[float | None] = [None] * len(examples)
+    for i, (first, second) in zip(fits, rewards(model, [examples[i] for i in fits]), strict=True):
+        differences[i] = first - second
+    return differences
+
+
+def check_reload(model: Any, reloaded: Any, examples: Sequence[Any]) -> None:
+    """A head lost on saving is the classic fault of reward models: what was saved must score the same."""
+    from reward.tokens import rewards
+
+    if rewards(model, examples) != rewards(reloaded, examples):
+        raise UserError("the saved reward model does not score as the trained one did: do not use it")
+
+
+def who(judgements: Sequence[Judgement]) -> dict[str, int]:
+    """Judgements by kind of annotator: person, model, simulated."""
+    kinds = [j.kind for j in judgements]
+    return {kind: kinds.count(kind) for kind in sorted(set(kinds))}
+
+
+if __name__ == "__main__":
+    from stages.cli import launch
+
+    launch("rm")

@@ -1,0 +1,95 @@
+"""Sample: several replies of the policy to each prompt, for annotators to compare.
+
+    prefloop sample configs/quickstart.yaml sample.train=500
+
+Reads    policy             the model that answers
+         prompts            records; those of use `preference` are answered
+Writes   completions.jsonl  every reply with its token ids and log-probabilities
+         items.jsonl        a prompt and its distinct replies, to judge
+"""
+
+from collections.abc import Sequence
+from itertools import groupby
+
+from stages.run import Run
+
+from annotate.records import Completion, Item, Record, read, write
+from stages.config import Model, Records, StageConfig, UserError
+
+VERSION = 1
+
+
+class Config(StageConfig):
+    policy: Model
+    prompts: Records
+    train: int = 1000
+    """How many prompts of the training split."""
+    held_out: int = 200
+    """How many of validation and test together; the reward model is measured on them."""
+    completions: int = 2
+    max_new_tokens: int = 96
+    temperature: float = 1.0
+
+
+def main(config: Config, run: Run) -> None:
+    from reward.model import load_policy
+    from reward.sampler import Sampler
+    from reward.tokens import prompt_ids
+
+    records = choose(read(config.prompts, Record), config)
+    model, tokenizer = load_policy(config.policy)
+    sampler = Sampler(model, tokenizer, config.max_new_tokens, config.temperature)
+    jobs = [(record, k) for record in records for k in range(config.completions)]
+    prompts = [prompt_ids(tokenizer, record.prompt) for record, _ in jobs]
+    with run.progress("sampling", total=len(jobs), unit="replies") as bar:
+        samples = sampler.sample(prompts, [f"{run.seed}/sample/{r.id}/{k}" for r, k in jobs], bar)
+
+    policy = run.inputs["policy"].digest
+    completions = [
+        Completion(
+            **record.model_dump(exclude={"completion"}),
+            policy=policy,
+            completion=sampler.text(sample),
+            tokens=sample.tokens,
+            logprobs=sample.logprobs,
+            stopped=sample.stopped,
+        )
+        for (record, _), sample in zip(jobs, samples, strict=True)
+    ]
+    items = to_items(completions)
+    write(run.output("completions.jsonl"), completions)
+    write(run.output("items.jsonl"), items)
+    run.record(
+        prompts=len(records),
+        items=len(items),
+        identical_replies=len(records) - len(items),
+        self_stopping=sum(c.stopped for c in completions) / len(completions),
+    )
+
+
+def choose(records: Sequence[Record], config: Config) -> list[Record]:
+    """The first prompts by id (a hash, so a random but fixed order) of each side of the split."""
+    of_use = sorted((r for r in records if r.use == "preference"), key=lambda r: r.id)
+    train = [r for r in of_use if r.split == "train"][: config.train]
+    held_out = [r for r in of_use if r.split != "train"][: config.held_out]
+    if not train:
+        raise UserError(f"{config.prompts}: no prompt of use `preference` in the training split to answer")
+    return train + held_out
+
+
+def to_items(completions: Sequence[Completion]) -> list[Item]:
+    """One item for each prompt, of its distinct replies in the order sampled; none where all are the same."""
+    items = []
+    for _, group in groupby(completions, key=lambda c: c.id):
+        replies = list(group)
+        distinct = list(dict.fromkeys(reply.completion for reply in replies))
+        if len(distinct) > 1:
+            shared = replies[0].model_dump(include={"id", "split", "use", "prompt", "facts"})
+            items.append(Item(**shared, completions=distinct, policies=[replies[0].policy] * len(distinct)))
+    return items
+
+
+if __name__ == "__main__":
+    from stages.cli import launch
+
+    launch("sample")

@@ -1,0 +1,142 @@
+"""SFT: teach a base model the task from demonstrations, with the loss on the completions only.
+
+    prefloop sft configs/quickstart.yaml sft.trainer.learning_rate=1e-5
+
+Reads    model    the base model: an earlier stage, a local folder, or a hub id
+         data     records with a completion; those of the training split and use `sft` train
+Writes   model/   the fine-tuned policy and its tokenizer, for `from_pretrained`
+
+Trained by TRL's SFTTrainer on rows that `reward/tokens.py` has rendered, so that training, sampling and
+scoring see the same tokens.
+"""
+
+from collections.abc import Sequence
+from typing import Annotated, Any
+
+from stages.run import Run
+
+from annotate.records import Record, read
+from stages.config import KeysOf, Model, Records, StageConfig, UserError
+
+VERSION = 1
+
+
+class Config(StageConfig):
+    model: Model
+    data: Records
+    max_length: int | None = None
+    """Tokens of prompt and completion; longer rows are left out and counted, since a cut row would not teach
+    to stop. None: what the model takes."""
+    max_new_tokens: int = 96
+    """Limit of the replies by which self-stopping is measured."""
+    trainer: Annotated[dict[str, Any], KeysOf("trl.SFTConfig")] = {}
+
+
+def main(config: Config, run: Run) -> None:
+    from datasets import Dataset
+    from trl import SFTConfig, SFTTrainer
+
+    from reward.model import load_policy, load_tokenizer, save
+    from stages.engine import Reporting, arguments, train
+
+    records = [r for r in read(config.data, Record) if r.split == "train" and r.use == "sft" and r.completion]
+    model, tokenizer = load_policy(config.model)
+    run.record(added_to_the_checkpoint=load_tokenizer(config.model)[1])
+    limit = min(config.max_length or 10**9, getattr(model.config, "max_position_embeddings", 10**9))
+    rows = tokenized(tokenizer, records, limit, run)
+
+    args = arguments(
+        run,
+        config.trainer,
+        SFTConfig,
+        learning_rate=1e-3,
+        lr_scheduler_type="cosine",
+        max_length=None,
+        packing=False,
+        bf16=False,
+        gradient_checkpointing=False,
+        train_sampling_strategy="group_by_length",
+    )
+    trainer = SFTTrainer(
+        model=model,
+        args=args,
+        train_dataset=Dataset.from_list(rows),
+        processing_class=tokenizer,
+        callbacks=[Reporting(run, "SFT")],
+    )
+    trainer.remove_callback(_printer())
+    check_collated(trainer, tokenizer)
+    train(trainer, run)
+    save(model, tokenizer, run.output("model"))
+    measure_stopping(model, tokenizer, records, config.max_new_tokens, run)
+
+
+def tokenized(tokenizer: Any, records: Sequence[Record], limit: int, run: Run) -> list[dict[str, list[int]]]:
+    """`input_ids` and `completion_mask` of every demonstration that fits; counts the others."""
+    from reward.tokens import completion_ids, prompt_ids
+
+    rows, long = [], []
+    for record in records:
+        prompt, completion = (
+            prompt_ids(tokenizer, record.prompt),
+            completion_ids(tokenizer, record.completion or ""),
+        )
+        ids = prompt + completion
+        if len(ids) > limit:
+            long.append(record.id)
+            continue
+        if tokenizer.bos_token_id is not None and ids[:2] == [tokenizer.bos_token_id] * 2:
+            raise UserError(
+                f"record {record.id} begins with two BOS tokens: the chat template writes one too many"
+            )
+        rows.append({"input_ids": ids, "completion_mask": [0] * len(prompt) + [1] * len(completion)})
+    run.record(rows=len(rows), dropped_too_long=len(long), dropped_ids=long[:20], truncated=0)
+    if not rows:
+        raise UserError(
+            f"no demonstration to train on: {len(records)} in the training split, {len(long)} longer than "
+            f"{limit} tokens"
+        )
+    share = len(long) / len(records)
+    run.gate(
+        "demonstrations fit", share <= 0.05, f"{len(long)} of {len(records)} are longer than {limit} tokens"
+    )
+    return rows
+
+
+def check_collated(trainer: Any, tokenizer: Any) -> None:
+    """Every row must end in a stop token that carries loss; asked of a batch as the trainer makes it."""
+    batch = next(iter(trainer.get_train_dataloader()))
+    for ids, labels in zip(batch["input_ids"].tolist(), batch["labels"].tolist(), strict=True):
+        last = max(i for i, label in enumerate(labels) if label != -100)
+        if labels[last] != tokenizer.eos_token_id or ids[last] != tokenizer.eos_token_id:
+            raise UserError("a training row does not end in a trained stop token: the model would never stop")
+
+
+def measure_stopping(model: Any, tokenizer: Any, records: Sequence[Record], limit: int, run: Run) -> None:
+    """Share of 32 sampled replies that end by themselves."""
+    from reward.sampler import Sampler
+    from reward.tokens import prompt_ids
+
+    chosen = [records[i * len(records) // 32] for i in range(32)]
+    prompts = [prompt_ids(tokenizer, record.prompt) for record in chosen]
+    room = getattr(model.config, "max_position_embeddings", 10**9) - limit
+    fits = [prompt for prompt in prompts if len(prompt) <= room]
+    keys = [f"{run.seed}/sft/{i}" for i in range(len(fits))]
+    samples = Sampler(model, tokenizer, limit).sample(fits, keys)
+    share = sum(sample.stopped for sample in samples) / max(1, len(samples))
+    run.record(self_stopping=share)
+    run.gate(
+        "stops by itself", share >= 0.9, f"{share:.0%} of {len(samples)} replies end within {limit} tokens"
+    )
+
+
+def _printer() -> Any:
+    from transformers import PrinterCallback
+
+    return PrinterCallback
+
+
+if __name__ == "__main__":
+    from stages.cli import launch
+
+    launch("sft")
