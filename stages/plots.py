@@ -1,0 +1,195 @@
+"""The report's two plots, in the colours of Okabe and Ito, which colour-blind readers can tell apart."""
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel
+
+from stages.table import REFERENCE, Line, Number, Table
+
+ORANGE, SKY, GREEN, BLUE, RED, PURPLE, BLACK = (
+    "#E69F00", "#56B4E9", "#009E73", "#0072B2", "#D55E00", "#CC79A7", "#000000",
+)  # fmt: skip
+STYLE = {
+    "font.size": 10,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": "#E5E5E5",
+    "legend.frameon": False,
+    "savefig.dpi": 144,
+}
+GOLD, PROXY = "gold score (rubric)", "reward-model score"
+
+
+class Sampled(BaseModel):
+    """What the plots need of a reply that PPO sampled in training (a row of training.jsonl)."""
+
+    step: int
+    id: str
+    reward: float
+    kl: float
+    gold: float | None = None
+
+
+def training(rollouts: dict[int, Sequence[Sampled]], table: Table, path: Path) -> None:
+    """Gold and reward-model score of PPO's samples over its steps: a panel each, a line for each seed."""
+    plt = _pyplot()
+    panels = [(GOLD, "gold", BLUE), (PROXY, "reward", RED)]
+    if table.measure == "reward":
+        panels = panels[1:]
+    fig, axes = plt.subplots(len(panels), 1, figsize=(7, 1.2 + 2.4 * len(panels)), sharex=True, squeeze=False)
+    for ax, (label, field, colour) in zip(axes[:, 0], panels, strict=True):
+        for index, (seed, rows) in enumerate(rollouts.items()):
+            steps, numbers = _by_step(rows, field)
+            seed_label = f"seed {seed}" if len(rollouts) > 1 else None
+            ax.plot(
+                steps,
+                [n.value for n in numbers],
+                color=colour,
+                ls=("-", "--", ":", "-.")[index % 4],
+                label=seed_label,
+            )
+            ax.fill_between(steps, *_bounds(numbers), color=colour, alpha=0.18, lw=0)
+        for line in table.lines:
+            if line.policy == REFERENCE and field in line.metrics:
+                ax.axhline(line.metrics[field].value, color=BLACK, lw=1, ls=(0, (1, 2)))
+                _note(ax, "SFT, test prompts", line.metrics[field].value, above=True)
+        ax.set_ylabel(label)
+        if field == "gold" and table.maximum is not None:
+            ax.set_ylim(top=table.maximum)
+    if len(rollouts) > 1:
+        axes[0, 0].legend(loc="lower right", bbox_to_anchor=(1, 0.98), ncols=4, fontsize=9)
+    axes[-1, 0].set_xlabel("PPO step (bands: 95 % interval over the prompts of a step)")
+    axes[0, 0].set_title(
+        "Gold and proxy reward over PPO" if len(panels) > 1 else "Proxy reward over PPO", loc="left"
+    )
+    _save(fig, path)
+
+
+def frontier(rollouts: dict[int, Sequence[Sampled]], table: Table, path: Path) -> None:
+    """Score against KL to SFT: PPO's steps as points, the rows of the table as marks with both intervals."""
+    plt = _pyplot()
+    panels = [(GOLD, "gold"), (PROXY, "reward")] if table.measure == "gold" else [(PROXY, "reward")]
+    fig, axes = plt.subplots(1, len(panels), figsize=(1.4 + 4.2 * len(panels), 4.4), squeeze=False)
+    lines = [line for line in table.lines if "kl" in line.metrics and line.policy != "base"]
+    for ax, (label, field) in zip(axes[0], panels, strict=True):
+        for rows in rollouts.values():
+            _, kl = _by_step(rows, "kl")
+            _, score = _by_step(rows, field)
+            ax.scatter(
+                [n.value for n in kl], [n.value for n in score], s=9, color=GREEN, alpha=0.45, lw=0, zorder=2
+            )
+        for index, line in enumerate(lines):
+            if field in line.metrics:
+                _mark(ax, line, line.metrics[field], index)
+        ax.set_xscale("function", functions=(_signed_root, _signed_square))
+        ticks = _ticks(ax.get_xlim()[1])
+        ax.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+        ax.set_xlabel("KL to SFT, nats per reply (square-root axis)")
+        ax.set_ylabel(label)
+        if field == "gold" and table.maximum is not None:
+            ax.axhline(table.maximum, color=BLACK, lw=1, ls=(0, (1, 2)))
+            _note(ax, "maximum", table.maximum, above=False)
+    handles, labels = axes[0, 0].get_legend_handles_labels()
+    if any(rollouts.values()):
+        handles.append(plt.Line2D([], [], marker="o", ls="", ms=3, color=GREEN, alpha=0.6))
+        labels.append("PPO's steps (training prompts)")
+    columns = 1 + len(panels)
+    fig.legend(handles, labels, loc="lower center", ncols=columns, fontsize=9)
+    axes[0, 0].set_title("What the distance from SFT buys", loc="left")
+    fig.tight_layout(rect=(0, 0.02 + 0.05 * math.ceil(len(labels) / columns), 1, 1))
+    _save(fig, path, tight=False)
+
+
+def _note(ax: Any, text: str, height: float, above: bool) -> None:
+    """A small text at the right end of a horizontal line."""
+    place = {"xytext": (-2, 3 if above else -3), "va": "bottom" if above else "top"}
+    ax.annotate(
+        text, (1, height), xycoords=("axes fraction", "data"), textcoords="offset points", ha="right",
+        fontsize=8.5, **place,
+    )  # fmt: skip
+
+
+MARKS = {
+    "sft": ("o", BLACK),
+    "dpo": ("s", BLUE),
+    "ppo": ("D", GREEN),
+    "rm": ("^", ORANGE),
+    "rubric": ("v", PURPLE),
+}
+OTHERS = (("P", RED), ("X", SKY), ("*", BLACK), ("h", BLUE), ("<", ORANGE), (">", PURPLE))
+
+
+def _mark(ax: Any, line: Line, score: Number, index: int) -> None:
+    words = line.policy.replace("(", " ").replace(")", " ").split()
+    marker, colour = MARKS.get(words[-1], OTHERS[index % len(OTHERS)])
+    kl = line.metrics["kl"]
+    label = line.policy + (", KL bound" if line.kl_is_bound else "")
+    at = {"x": [kl.value], "y": [score.value]}
+    ax.errorbar(
+        **at, xerr=_reach(kl), yerr=_reach(score), fmt="none", ecolor=colour, capsize=3, lw=1.4, zorder=3
+    )
+    ax.scatter(
+        **at, marker=marker, color=colour, s=60, edgecolors="white", linewidths=0.8, zorder=4, label=label
+    )
+
+
+def _reach(number: Number) -> list[list[float]] | None:
+    if number.low is None or number.high is None:
+        return None
+    return [[max(0.0, number.value - number.low)], [max(0.0, number.high - number.value)]]
+
+
+def _by_step(rows: Sequence[Sampled], field: str) -> tuple[list[int], list[Number]]:
+    from annotate.statistics import mean
+
+    steps: dict[int, list[Sampled]] = {}
+    for row in rows:
+        if getattr(row, field) is not None:
+            steps.setdefault(row.step, []).append(row)
+    found = [mean([getattr(r, field) for r in part], [r.id for r in part]) for part in steps.values()]
+    return list(steps), [Number(value=f.value, low=f.low, high=f.high) for f in found]
+
+
+def _bounds(numbers: Sequence[Number]) -> tuple[list[float], list[float]]:
+    lows = [n.value if n.low is None else n.low for n in numbers]
+    return lows, [n.value if n.high is None else n.high for n in numbers]
+
+
+def _signed_root(x: Any) -> Any:
+    """KL estimates may be slightly negative: mirror the root instead of losing them."""
+    import numpy as np
+
+    return np.sign(x) * np.sqrt(np.abs(x))
+
+
+def _signed_square(x: Any) -> Any:
+    return x * abs(x)
+
+
+def _ticks(top: float) -> list[float]:
+    ticks = [0, 0.5, 1, 2, 5, 10, 20, 50, 100, 200, 500, 1000]
+    return [tick for tick in ticks if tick <= top]
+
+
+def _pyplot() -> Any:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    pyplot.rcParams.update(STYLE)
+    return pyplot
+
+
+def _save(fig: Any, path: Path, tight: bool = True) -> None:
+    from matplotlib import pyplot
+
+    if tight:
+        fig.tight_layout()
+    fig.savefig(path, metadata={"Software": None})  # no version in the file: equal plots give equal bytes
+    pyplot.close(fig)

@@ -1,0 +1,240 @@
+"""The result table: its numbers, its files and its page, from made-up evaluation rows."""
+
+import csv
+import gzip
+import io
+import json
+import random
+import re
+import statistics
+
+import pytest
+
+from annotate.records import DataError, Message, prompt_id, write
+from stages import page, plots
+from stages.table import HEALTH, QUALITY, Number, RunFacts, grid, to_csv
+from stages.tabulate import Scored, compute
+
+POLICIES = {  # gold, KL, share that stops
+    "base": (0.3, 9.0, 0.4),
+    "sft": (1.5, 0.0, 0.99),
+    "best-of-8 (rm)": (2.6, None, 0.99),
+    "dpo": (3.2, 6.0, 0.99),
+    "ppo": (3.6, 11.0, 0.99),
+}
+
+
+def rows(seeds=(0,), prompts=40, gold=True, **changes):
+    """Evaluation rows whose differences between policies are known but for noise."""
+    made = []
+    for seed in seeds:
+        rng = random.Random(seed)
+        for policy, (score, kl, stopping) in POLICIES.items():
+            for i in range(prompts):
+                prompt = [Message(role="user", content=f"My kettle {i} | <b>broke</b>. *Help*?")]
+                value = min(5.0, max(0.0, score + random.Random(i).gauss(0, 0.3) + rng.gauss(0, 0.7)))
+                settings = {
+                    "completion": f"Dear Ann,\nsorry about kettle {i}.",
+                    "length": 20 + i % 5,
+                    "stopped": rng.random() < stopping,
+                    "gold": value if gold else None,
+                    "reward": value - 2 + rng.gauss(0, 0.3),
+                    "kl": kl and kl + rng.gauss(0, 2),
+                    "win": None,
+                    "repetition": 0.0,
+                    "base_loss": 1.8 + rng.gauss(0, 0.1),
+                    "lexicon": 1.0,
+                }
+                identity = {"id": prompt_id(prompt), "split": "test", "use": "policy", "prompt": prompt}
+                made.append(
+                    Scored(**identity, policy=policy, seed=seed, **settings | changes.get(policy, {}))
+                )
+    if gold:
+        sft = {(row.seed, row.id): row.gold for row in made if row.policy == "sft"}
+        made = [
+            row.model_copy(update={"win": 0.5 + 0.5 * ((row.gold > sft[k]) - (row.gold < sft[k]))})
+            for row in made
+            if (k := (row.seed, row.id))
+        ]
+    return made
+
+
+def rollouts(seeds=(0,), steps=5):
+    return {
+        seed: [
+            plots.Sampled(step=1 + s, id=str(i), reward=s + i / 10, kl=s * s / 2 - 0.01, gold=1 + s / 5)
+            for s in range(steps)
+            for i in range(8)
+        ]
+        for seed in seeds
+    }
+
+
+def table(**options):
+    return compute(rows(**options), "quickstart", "prefloop run configs/quickstart.yaml", maximum=5.0)
+
+
+def line(found, policy):
+    return next(one for one in found.lines if one.policy == policy)
+
+
+def test_numbers_are_means_over_prompts():
+    made = rows()
+    ppo = [row for row in made if row.policy == "ppo"]
+    found = line(compute(made, "x", maximum=5.0), "ppo")
+    assert found.metrics["gold"].value == pytest.approx(statistics.fmean(r.gold for r in ppo))
+    assert found.metrics["win"].value == pytest.approx(statistics.fmean(r.win for r in ppo))
+    assert found.metrics["gold"].low < found.metrics["gold"].value < found.metrics["gold"].high
+    assert found.metrics["gold"].sd_over_seeds is None
+    assert (found.prompts, found.rows) == (40, 40)
+
+
+def test_headroom_closed_is_the_share_of_what_sft_leaves():
+    found = table()
+    sft, ppo = (line(found, p).metrics["gold"].value for p in ("sft", "ppo"))
+    closed = line(found, "ppo").metrics["headroom"]
+    assert closed.value == pytest.approx((ppo - sft) / (5 - sft))
+    assert closed.low < closed.value < closed.high
+    assert line(found, "base").metrics["headroom"].value < 0
+    assert "headroom" not in line(found, "sft").metrics
+
+
+def test_several_seeds_keep_intervals_by_prompt_and_show_their_spread():
+    found = line(table(seeds=(0, 1, 2)), "ppo")
+    means = [statistics.fmean(r.gold for r in rows(seeds=(s,)) if r.policy == "ppo") for s in (0, 1, 2)]
+    assert (found.prompts, found.rows) == (40, 120)
+    assert found.metrics["gold"].value == pytest.approx(statistics.fmean(means))
+    assert found.metrics["gold"].sd_over_seeds == pytest.approx(statistics.stdev(means))
+
+
+def test_difference_is_paired_and_has_a_detectable_effect():
+    found = table()
+    ppo, sft = line(found, "ppo"), line(found, "sft")
+    assert ppo.metrics["difference"].value == pytest.approx(
+        ppo.metrics["gold"].value - sft.metrics["gold"].value
+    )
+    assert 0 < ppo.detectable < 1
+    assert sft.detectable is None and "difference" not in sft.metrics
+    assert sft.metrics["win"] == Number(value=0.5)
+
+
+def test_without_gold_the_proxy_is_called_a_proxy():
+    made = rows(gold=False)
+    found = compute(made, "hh")
+    assert found.measure == "reward"
+    assert not {"gold", "headroom", "win"} & line(found, "ppo").metrics.keys()
+    assert line(found, "ppo").metrics["proxy_win"].value > 0.8
+    assert "gold" not in to_csv(found).splitlines()[0]
+    text = page.render(found, made, [])
+    assert "proxy" in page.headline(found) and "Gold" not in text and "No truth is known" in text
+
+
+@pytest.mark.parametrize(
+    ("change", "warning"),
+    [
+        ({"stopped": False}, "stops by itself in 0.0%"),
+        ({"repetition": 0.4}, "repeats 40.0% of its 4-grams"),
+        ({"base_loss": 3.0}, "base-model loss 3.00"),
+        ({"lexicon": 0.5}, "50.0% of its words"),
+    ],
+)
+def test_a_degenerate_policy_is_marked(change, warning):
+    found = table(ppo=change)
+    assert warning in line(found, "ppo").warnings[0]
+    assert line(found, "dpo").warnings == []
+    assert any(cells[0] == "ppo ‡" for cells in grid(found, QUALITY)[1])
+
+
+def test_a_failed_gate_marks_the_row():
+    found = table()
+    found.runs = {"q/rm/1": RunFacts(failed=["accuracy above chance"]), "q/sft/2": RunFacts()}
+    line(found, "ppo").runs = ["q/rm/1", "q/sft/2"]
+    line(found, "sft").runs = ["q/sft/2"]
+    assert found.name(line(found, "ppo")) == "ppo †"
+    assert found.name(line(found, "sft")) == "sft"
+    cells = {row["policy"]: row for row in csv.DictReader(io.StringIO(to_csv(found)))}
+    assert cells["ppo"]["failed_gates"] == "accuracy above chance"
+    assert "† **ppo** was built although a check failed: accuracy above chance." in page.render(
+        found, rows(), []
+    )
+
+
+def test_policies_must_have_answered_the_same_prompts():
+    made = rows()
+    with pytest.raises(DataError, match="'ppo' and 'sft' were not asked the same prompts"):
+        compute(made[:-1], "x")
+    with pytest.raises(DataError, match="no rows of the policy 'sft'"):
+        compute([row for row in made if row.policy != "sft"], "x")
+
+
+def test_table_can_be_computed_again_from_published_records(tmp_path):
+    """By arithmetic of its own: nothing of the project but the file format."""
+    made = rows(seeds=(0, 1))
+    write(tmp_path / "records.jsonl.gz", made)
+    with gzip.open(tmp_path / "records.jsonl.gz", "rt") as file:
+        records = [json.loads(text) for text in file]
+    for cells in csv.DictReader(io.StringIO(to_csv(compute(made, "x", maximum=5.0)))):
+        mine = [r for r in records if r["policy"] == cells["policy"]]
+        for name in (
+            "gold",
+            "win",
+            "reward",
+            "kl",
+            "length",
+            "stopped",
+            "repetition",
+            "base_loss",
+            "lexicon",
+        ):
+            values = [r[name] for r in mine if r[name] is not None]
+            assert cells[name] == (f"{statistics.fmean(map(float, values)):.6f}" if values else ""), name
+        if cells["policy"] == "ppo":
+            sft = [r["gold"] for r in records if r["policy"] == "sft"]
+            closed = (sum(r["gold"] for r in mine) - sum(sft)) / (5 * len(sft) - sum(sft))
+            assert cells["headroom"] == f"{closed:.6f}"
+            assert cells["seeds"] == "2"
+
+
+def test_csv_is_the_same_bytes_and_has_no_negative_zero():
+    found = table()
+    assert to_csv(found) == to_csv(table())
+    line(found, "sft").metrics["kl"] = Number(value=-1e-9)
+    assert "-0.000000" not in to_csv(found)
+
+
+def test_cells_show_bounds_and_intervals():
+    found = table()
+    best = line(found, "best-of-8 (rm)")
+    best.metrics["kl"], best.kl_is_bound = Number(value=1.2044), True
+    cells = {row[0]: row for row in grid(found, QUALITY)[1]}
+    assert cells["best-of-8 (rm)"][-1] == "≤ 1.20"
+    assert cells["sft"][-1] == "0.00"
+    assert "bound" in to_csv(found)
+    assert grid(found, HEALTH)[0][0] == "Policy"
+
+
+def test_page_escapes_what_models_and_customers_write():
+    text = page.render(table(), rows(), [("training.png", "Scores.")])
+    assert "<b>" not in text and "&lt;b&gt;broke" in text
+    assert r"\*Help\*" in text and re.search(r"kettle \d+ \\\| ", text)
+    assert "![Scores.](training.png)" in text
+    assert text.count("**user:**") == 10
+
+
+def test_samples_are_the_same_prompts_whatever_the_policies_say():
+    prompts = [
+        [text for text in page.render(table(**o), rows(**o), []).splitlines() if "**user:**" in text]
+        for o in ({}, {"ppo": {"completion": "Other."}})
+    ]
+    assert prompts[0] == prompts[1]
+
+
+def test_plots_are_drawn_and_are_the_same_bytes(tmp_path):
+    found = table(seeds=(0, 1))
+    for name in ("a", "b"):
+        plots.training(rollouts((0, 1)), found, tmp_path / f"{name}-training.png")
+        plots.frontier(rollouts((0, 1)), found, tmp_path / f"{name}-frontier.png")
+    for kind in ("training", "frontier"):
+        first = (tmp_path / f"a-{kind}.png").read_bytes()
+        assert first.startswith(b"\x89PNG") and len(first) > 10_000
+        assert first == (tmp_path / f"b-{kind}.png").read_bytes()
