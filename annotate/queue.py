@@ -1,0 +1,247 @@
+"""The two hot functions of the label database: record labels, hand out tasks.
+
+Both take batches, in a constant number of SQLAlchemy Core statements that are built once, inside a transaction
+that the caller opens and commits.
+"""
+
+import re
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+from sqlalchemy import Connection, Integer, and_, bindparam, func, insert, or_, select, text, update
+from sqlalchemy.orm import aliased
+
+from annotate.records import draw
+from annotate.schema import Annotator, Judgement, Prompt, Response, Round, Slot, Task, View
+
+TOKEN = re.compile(r"(\d{1,15})-(\d{1,9})-[0-9a-z]{1,20}", re.ASCII)
+"""slot - lease - anything that tells this attempt from others. A retry must send the same token."""
+
+Status = Literal["saved", "duplicate", "late", "refused"]
+"""duplicate: this token was recorded before. late: the task had gone to someone else; kept, not counted.
+refused: the task was never shown to this annotator in this round; nothing is kept."""
+
+
+class Label(BaseModel):
+    """What an annotator said of a task as shown: positive says the one shown FIRST is better, 0 is a tie."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    token: Annotated[str, Field(pattern=f"^{TOKEN.pattern}$")]
+    preference: Annotated[int, Field(ge=-3, le=3)] | None
+    """None: skipped."""
+    reason: Annotated[str, Field(max_length=2000)] | None = None
+    client_ms: Annotated[int, Field(ge=0, le=10**10)] | None = None
+    """Milliseconds from showing the task to the key."""
+
+
+@dataclass(frozen=True)
+class Shown:
+    """A task as it is shown to one annotator."""
+
+    key: str
+    """slot - lease. A label's token is this, a dash, and 1 to 20 letters or digits."""
+    task: str
+    messages: list[dict[str, str]]
+    completions: list[str]
+    """In the order shown."""
+
+
+def record(x: Connection, round_id: int, me: int, labels: Sequence[Label]) -> list[Status]:
+    """Append the labels of annotator `me` and close their slots. One status for each label."""
+    keys = [_split(label.token) for label in labels]
+    slots = {s for s, _ in keys}
+    shown = {
+        (r.slot_id, r.lease): r for r in x.execute(_SHOWN, {"slots": slots, "round": round_id, "me": me})
+    }
+    revision = {r.slot_id: r.next for r in x.execute(_REVISIONS, {"slots": slots})}
+    seen = set(x.execute(_SEEN, {"tokens": [label.token for label in labels]}).scalars())
+
+    statuses: list[Status] = []
+    rows = []
+    for label, key in zip(labels, keys, strict=True):
+        view = shown.get(key)
+        rev = None
+        if view is None:
+            statuses.append("refused")
+            continue
+        if label.token in seen:
+            statuses.append("duplicate")
+            continue
+        if view.held:
+            rev = revision.get(view.slot_id, 0)
+            revision[view.slot_id] = rev + 1
+        seen.add(label.token)
+        statuses.append("late" if rev is None else "saved")
+        rows.append(_row(label, view, me, rev))
+    if rows:
+        x.execute(_JUDGE, rows)
+        x.execute(_DONE, {"slots": [row["slot_id"] for row in rows if row["rev"] is not None]})
+    return statuses
+
+
+def claim(x: Connection, round_id: int, me: int, want: int) -> list[Shown]:
+    """Up to `want` open tasks of annotator `me`, all with a fresh lease.
+
+    Those they hold already come first, then free ones, then those whose holder's lease has run out.
+    """
+    now = time.time()
+    lease, overlap, salt = x.execute(_ROUND, {"round": round_id}).one()
+    until = now + lease
+    mine = x.execute(_MINE, {"me": me, "round": round_id, "n": want}).all()
+    found: dict[int, Any] = {}  # by task: a task has several free slots, and nobody may hold two of them
+    for query in (_FREE, _EXPIRED):
+        if len(mine) + len(found) < want:
+            rows = x.execute(query, {"me": me, "round": round_id, "now": now, "n": want * overlap})
+            for row in rows:
+                found.setdefault(row.task_id, row)
+    taken = list(found.values())[: want - len(mine)]
+    if mine:
+        x.execute(_EXTEND, {"slots": [row.id for row in mine], "until": until})
+    if taken:
+        name = x.execute(_NAME, {"me": me}).scalar_one()
+        x.execute(_TAKE, [{"slot": row.id, "who": me, "until": until} for row in taken])
+        x.execute(_VIEW, [_view(row, me, name, salt, now) for row in taken])
+    ids = [row.id for row in (*mine, *taken)]
+    return _show(x, x.execute(_OPEN, {"slots": ids}).all(), ids)
+
+
+def history(x: Connection, round_id: int, me: int, limit: int) -> list[tuple[Shown, int | None]]:
+    """The last tasks annotator `me` labelled, oldest first, with the current label in the order shown."""
+    rows = x.execute(_HISTORY, {"round": round_id, "me": me, "n": limit}).all()[::-1]
+    shown = _show(x, rows, [row.slot_id for row in rows])
+    return [
+        (task, as_shown(row.preference, row.display_order)) for task, row in zip(shown, rows, strict=True)
+    ]
+
+
+def _show(x: Connection, rows: Sequence[Any], slots: Sequence[int]) -> list[Shown]:
+    """`rows` (slot_id, lease, display_order, key, response_ids, messages) with their texts, as `slots` go."""
+    ids = {i for row in rows for i in row.response_ids}
+    texts = {r.id: r.text for r in x.execute(_TEXTS, {"ids": ids})}
+    by_slot = {
+        row.slot_id: Shown(
+            key=f"{row.slot_id}-{row.lease}",
+            task=row.key,
+            messages=row.messages,
+            completions=[texts[row.response_ids[i]] for i in row.display_order],
+        )
+        for row in rows
+    }
+    return [by_slot[slot] for slot in slots]
+
+
+def as_shown(preference: int | None, order: Sequence[int]) -> int | None:
+    """A preference between two completions, from canonical order to the order shown, and as well back."""
+    return None if preference is None else preference if order[0] == 0 else -preference
+
+
+def display_order(salt: str, task: str, annotator: str, count: int) -> list[int]:
+    """Canonical indices in the order shown.
+
+    A function of its arguments: a reload changes nothing, and a simulated label does not depend on time.
+    """
+    return sorted(range(count), key=lambda i: draw(salt, "order", task, annotator, i))
+
+
+def _split(token: str) -> tuple[int, int]:
+    slot, lease, _ = token.split("-")
+    return int(slot), int(lease)
+
+
+def _row(label: Label, view: Any, me: int, rev: int | None) -> dict[str, Any]:
+    return {
+        "slot_id": view.slot_id,
+        "lease": view.lease,
+        "annotator_id": me,
+        "rev": rev,
+        "token": label.token,
+        "preference": as_shown(label.preference, view.display_order),
+        "reason": label.reason,
+        "client_ms": label.client_ms,
+        "at": time.time(),
+    }
+
+
+def _view(row: Any, me: int, name: str, salt: str, now: float) -> dict[str, Any]:
+    order = display_order(salt, row.key, name, len(row.response_ids))
+    return {"slot_id": row.id, "lease": row.lease + 1, "annotator_id": me, "display_order": order, "at": now}
+
+
+_me, _round, _n = (bindparam(name, type_=Integer) for name in ("me", "round", "n"))
+_slots = bindparam("slots", type_=Integer, expanding=True)
+_other = aliased(Slot)
+_first = aliased(Judgement)
+
+_ROUND = select(Round.lease, Round.overlap, Round.salt).where(Round.id == _round)
+_NAME = select(Annotator.name).where(Annotator.id == _me)
+_MINE = (
+    select(Slot.id)
+    .where(Slot.annotator_id == _me, Slot.round_id == _round, Slot.state == "open", Slot.active)
+    .order_by(Slot.priority.desc(), Slot.id)
+    .limit(_n)
+)
+_AVAILABLE = (
+    select(Slot.id, Slot.task_id, Slot.lease, Task.key, Task.response_ids)
+    .join(Task, Task.id == Slot.task_id)
+    .where(
+        Slot.round_id == _round,
+        or_(Slot.reserved_id.is_(None), Slot.reserved_id == _me),
+        ~select(_other.id).where(_other.annotator_id == _me, _other.task_id == Slot.task_id).exists(),
+    )
+    .limit(_n)
+)
+# Literal conditions, as the partial indexes have them: with a parameter SQLite would not use those.
+_FREE = _AVAILABLE.where(text("slots.state = 'free' AND slots.active = 1")).order_by(
+    Slot.priority.desc(), Slot.id
+)
+_EXPIRED = _AVAILABLE.where(
+    text("slots.state = 'open' AND slots.active = 1"), Slot.lease_until < bindparam("now")
+).order_by(Slot.lease_until)
+_EXTEND = update(Slot).where(Slot.id.in_(_slots)).values(lease_until=bindparam("until"))
+_TAKE = (
+    update(Slot.__table__)  # type: ignore[arg-type]
+    .where(Slot.id == bindparam("slot"))
+    .values(state="open", annotator_id=bindparam("who"), lease=Slot.lease + 1, lease_until=bindparam("until"))
+)
+_VIEW = insert(View.__table__)  # type: ignore[arg-type]
+_HELD = (
+    select(View.slot_id, View.lease, View.display_order, Task.key, Task.response_ids, Prompt.messages)
+    .join(Slot, and_(Slot.id == View.slot_id, Slot.lease == View.lease))
+    .join(Task, Task.id == Slot.task_id)
+    .join(Prompt, Prompt.id == Task.prompt_id)
+)
+_OPEN = _HELD.where(Slot.id.in_(_slots))
+_TEXTS = select(Response.id, Response.text).where(Response.id.in_(bindparam("ids", expanding=True)))
+_SHOWN = (
+    select(View.slot_id, View.lease, View.display_order)
+    .add_columns(and_(Slot.lease == View.lease, Slot.annotator_id == _me).label("held"))
+    .join(Slot, Slot.id == View.slot_id)
+    .where(View.slot_id.in_(_slots), View.annotator_id == _me, Slot.round_id == _round)
+)
+_REVISIONS = (
+    select(Judgement.slot_id, (func.max(Judgement.rev) + 1).label("next"))
+    .where(Judgement.slot_id.in_(_slots), Judgement.rev.is_not(None))
+    .group_by(Judgement.slot_id)
+)
+_SEEN = select(Judgement.token).where(Judgement.token.in_(bindparam("tokens", expanding=True)))
+_JUDGE = insert(Judgement.__table__)  # type: ignore[arg-type]
+_DONE = update(Slot).where(Slot.id.in_(_slots)).values(state="done", lease_until=None)
+_HISTORY = (
+    _HELD.add_columns(
+        select(Judgement.preference)
+        .where(Judgement.slot_id == Slot.id, Judgement.rev.is_not(None))
+        .order_by(Judgement.rev.desc())
+        .limit(1)
+        .correlate(Slot)
+        .scalar_subquery()
+        .label("preference")
+    )
+    .join(_first, and_(_first.slot_id == Slot.id, _first.rev == 0))
+    .where(_first.annotator_id == _me, Slot.round_id == _round)
+    .order_by(_first.id.desc())
+    .limit(_n)
+)

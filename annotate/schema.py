@@ -1,0 +1,199 @@
+"""Tables of the label database. What must never happen is forbidden here, not in Python:
+
+a task gets more labels than asked      a label needs a slot, and a task has `overlap` slots
+one person labels a task twice          UNIQUE(annotator, task) on slots
+a slot is held by nobody, or freed held CHECK: a slot is free exactly when it has no annotator
+a label changes hands                   trigger: a slot that is done keeps its annotator and lease
+a retry counts twice                    UNIQUE(token) on judgements
+two current labels on one slot          UNIQUE(slot, rev); the highest revision counts
+a label is rewritten or removed         triggers: views and judgements are append-only
+a label on something never shown        foreign key (slot, lease, annotator) of judgements on views
+"""
+
+from typing import Any
+
+from sqlalchemy import (
+    DDL,
+    JSON,
+    CheckConstraint,
+    ForeignKey,
+    ForeignKeyConstraint,
+    Index,
+    UniqueConstraint,
+    event,
+    text,
+)
+from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
+
+VERSION = 1
+"""Of this schema; stored in the database, and a database of another version is refused."""
+
+
+class Base(DeclarativeBase):
+    type_annotation_map = {list[Any]: JSON}
+
+
+class Database(Base):
+    """One row: which database this is. Browsers keep unsent labels under its id."""
+
+    __tablename__ = "database"
+    id: Mapped[str] = mapped_column(primary_key=True)
+    version: Mapped[int]
+
+
+class Round(Base):
+    __tablename__ = "rounds"
+    id: Mapped[int] = mapped_column(primary_key=True)
+    name: Mapped[str] = mapped_column(unique=True)
+    kind: Mapped[str]
+    overlap: Mapped[int]
+    lease: Mapped[float]
+    """Seconds until someone else may take over a task that was shown and not answered."""
+    salt: Mapped[str]
+    """Decides the order of tasks and, with the annotator, the order of the completions shown."""
+    __table_args__ = (
+        CheckConstraint("kind in ('person', 'model', 'simulated')"),
+        CheckConstraint("overlap >= 1"),
+    )
+
+
+class Prompt(Base):
+    __tablename__ = "prompts"
+    id: Mapped[str] = mapped_column(primary_key=True)
+    """annotate.records.prompt_id"""
+    messages: Mapped[list[Any]]
+
+
+class Response(Base):
+    __tablename__ = "responses"
+    id: Mapped[int] = mapped_column(primary_key=True)
+    prompt_id: Mapped[str] = mapped_column(ForeignKey("prompts.id"))
+    sha: Mapped[str]
+    text: Mapped[str]
+    __table_args__ = (UniqueConstraint("prompt_id", "sha"),)
+
+
+class Task(Base):
+    __tablename__ = "tasks"
+    id: Mapped[int] = mapped_column(primary_key=True)
+    round_id: Mapped[int] = mapped_column(ForeignKey("rounds.id"))
+    key: Mapped[str]
+    """annotate.records.task_id: the same texts are the same task, whatever produced them."""
+    prompt_id: Mapped[str] = mapped_column(ForeignKey("prompts.id"))
+    response_ids: Mapped[list[Any]]
+    """In canonical order."""
+    policies: Mapped[list[Any]]
+    """Who wrote each response when the task was first asked; never sent to a browser."""
+    __table_args__ = (UniqueConstraint("round_id", "key"),)
+
+
+class Annotator(Base):
+    __tablename__ = "annotators"
+    id: Mapped[int] = mapped_column(primary_key=True)
+    name: Mapped[str] = mapped_column(unique=True)
+    """A pseudonym."""
+    kind: Mapped[str]
+    __table_args__ = (CheckConstraint("kind in ('person', 'model', 'simulated')"),)
+
+
+class Slot(Base):
+    """Room for one label on one task."""
+
+    __tablename__ = "slots"
+    id: Mapped[int] = mapped_column(primary_key=True)
+    task_id: Mapped[int] = mapped_column(ForeignKey("tasks.id"))
+    round_id: Mapped[int] = mapped_column(ForeignKey("rounds.id"))
+    number: Mapped[int]
+    priority: Mapped[float]
+    """High is served first."""
+    active: Mapped[bool] = mapped_column(default=True)
+    """Asked for by the list of items that the round was last opened with."""
+    reserved_id: Mapped[int | None] = mapped_column(ForeignKey("annotators.id"))
+    """Only this annotator may take it; None: anyone."""
+    state: Mapped[str] = mapped_column(default="free")
+    annotator_id: Mapped[int | None] = mapped_column(ForeignKey("annotators.id"))
+    lease: Mapped[int] = mapped_column(default=0)
+    """How often the slot has been given to someone."""
+    lease_until: Mapped[float | None]
+    __table_args__ = (
+        UniqueConstraint("task_id", "number"),
+        UniqueConstraint("annotator_id", "task_id"),
+        CheckConstraint("number >= 0"),
+        CheckConstraint("state in ('free', 'open', 'done')"),
+        CheckConstraint("(state = 'free') = (annotator_id is null)"),
+        CheckConstraint("reserved_id is null or annotator_id is null or reserved_id = annotator_id"),
+        Index(
+            "slots_free",
+            "round_id",
+            text("priority desc"),
+            "id",
+            sqlite_where=text("state = 'free' AND active = 1"),
+        ),
+        Index("slots_open", "round_id", "lease_until", sqlite_where=text("state = 'open' AND active = 1")),
+        Index("slots_count", "round_id", "active", "state"),
+        Index("slots_mine", "annotator_id", "round_id", "state"),
+    )
+
+
+class View(Base):
+    """A task as one annotator was shown it: append-only."""
+
+    __tablename__ = "views"
+    slot_id: Mapped[int] = mapped_column(ForeignKey("slots.id"), primary_key=True)
+    lease: Mapped[int] = mapped_column(primary_key=True)
+    annotator_id: Mapped[int] = mapped_column(ForeignKey("annotators.id"))
+    display_order: Mapped[list[Any]]
+    """Canonical index of each completion in the order shown: [1, 0] showed the second one first."""
+    at: Mapped[float]
+    """Seconds since 1970."""
+    __table_args__ = (UniqueConstraint("slot_id", "lease", "annotator_id"),)
+
+
+class Judgement(Base):
+    """Everything anyone ever said: append-only. The current label of a slot is its highest revision."""
+
+    __tablename__ = "judgements"
+    id: Mapped[int] = mapped_column(primary_key=True)
+    slot_id: Mapped[int]
+    lease: Mapped[int]
+    annotator_id: Mapped[int]
+    rev: Mapped[int | None]
+    """0, 1, 2 ...; None: came after the slot was given to someone else, kept but not counted."""
+    token: Mapped[str] = mapped_column(unique=True)
+    preference: Mapped[int | None]
+    """In canonical order: positive says that the FIRST completion is better. None: skipped."""
+    reason: Mapped[str | None]
+    client_ms: Mapped[int | None]
+    """Milliseconds from showing the task to the key."""
+    at: Mapped[float]
+    __table_args__ = (
+        UniqueConstraint("slot_id", "rev"),
+        ForeignKeyConstraint(
+            ["slot_id", "lease", "annotator_id"], ["views.slot_id", "views.lease", "views.annotator_id"]
+        ),
+        CheckConstraint("preference between -3 and 3"),
+        CheckConstraint("rev >= 0"),
+        Index("judgements_annotator", "annotator_id", "id"),
+    )
+
+
+class Session(Base):
+    """Who is at a browser; the cookie itself is not stored, only its hash."""
+
+    __tablename__ = "sessions"
+    sha: Mapped[str] = mapped_column(primary_key=True)
+    annotator_id: Mapped[int] = mapped_column(ForeignKey("annotators.id"))
+    at: Mapped[float]
+
+
+def _trigger(table: str, name: str, when: str, message: str) -> None:
+    ddl = f"CREATE TRIGGER {table}_{name} BEFORE {when} BEGIN SELECT RAISE(ABORT, '{message}'); END"
+    event.listen(Base.metadata.tables[table], "after_create", DDL(ddl))  # type: ignore[no-untyped-call]
+
+
+for _table in ("views", "judgements"):
+    for _verb in ("update", "delete"):
+        _trigger(_table, f"no_{_verb}", f"{_verb} ON {_table}", f"{_table} is append-only")
+_moved = "new.state <> 'done' OR new.annotator_id <> old.annotator_id OR new.lease <> old.lease"
+_trigger("slots", "stay", f"update ON slots WHEN old.state = 'done' AND ({_moved})", "done slots stay done")
+_trigger("slots", "no_delete", "delete ON slots", "slots are never removed")

@@ -1,0 +1,255 @@
+"""The label database: who is asked what, and everything anyone said. SQLAlchemy 2 on SQLite.
+
+One transaction does all that a labelling page or a simulated annotator needs (`Store.step`): record finished
+labels, hand out what comes next. It returns after COMMIT has reached the disk, so whoever is told "saved" can
+rely on it. The guarantees are in `annotate.schema`, the two hot functions in `annotate.queue`.
+"""
+
+import hashlib
+import os
+import re
+import secrets
+import threading
+import time
+import uuid
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sqlalchemy import Connection, Engine, bindparam, create_engine, event, func, insert, or_, select, update
+from sqlalchemy.engine import make_url
+from sqlalchemy.exc import ArgumentError, DatabaseError, IntegrityError
+
+from annotate import queue, rounds
+from annotate.queue import Label, Shown, Status
+from annotate.records import DataError, Item, Kind
+from annotate.schema import VERSION, Annotator, Base, Database, Judgement, Round, Session, Slot, Task, View
+
+LEASE = 1800.0
+"""Seconds that a task shown to someone waits for them before someone else may take it over."""
+
+
+@dataclass(frozen=True)
+class Current:
+    """A label that counts."""
+
+    task: str
+    annotator: str
+    preference: int | None
+    """In canonical order: positive says that the first completion is better. None: skipped."""
+    order: list[int]
+    """Canonical index of each completion in the order it was shown."""
+
+
+@dataclass(frozen=True)
+class Progress:
+    asked: int
+    done: int
+
+
+class Store:
+    """One label database; any number of threads and processes may use it at once.
+
+    Raises DataError where the file is no label database, is of another version, or cannot be written.
+    """
+
+    def __init__(self, url: str | None = None):
+        self.url = url or default_url()
+        self._engine = _engine(self.url)
+        # Threads of one process queue here: SQLite's own way of waiting sleeps, which costs more than half.
+        self._one_writer = threading.Lock()
+        with self._write() as x:
+            Base.metadata.create_all(x)
+            if x.execute(select(func.count()).select_from(Database)).scalar() == 0:
+                x.execute(insert(Database), {"id": uuid.uuid4().hex, "version": VERSION})
+            self.id, version = x.execute(select(Database.id, Database.version)).one()
+        if version != VERSION:
+            raise DataError(
+                f"{self.url}: version {version} of the label database, this prefloop needs {VERSION}"
+            )
+
+    def close(self) -> None:
+        self._engine.dispose()
+
+    def annotator(self, name: str, kind: Kind = "person") -> int:
+        """Id of the annotator of this pseudonym, made if new. Raises DataError if another kind has it."""
+        if not re.fullmatch(r"[^\x00-\x1f\x7f]{1,60}", name) or name != name.strip():
+            raise DataError(f"annotator name {name!r}: 1 to 60 printable characters, no space at either end")
+        with self._write() as x:
+            found = x.execute(select(Annotator.id, Annotator.kind).where(Annotator.name == name)).first()
+            if found is None:
+                return rounds.add(x, Annotator, name=name, kind=kind)
+        if found.kind != kind:
+            raise DataError(
+                f"annotator {name!r}: taken by an annotator of kind {found.kind}; choose another name"
+            )
+        return int(found.id)
+
+    def open_round(
+        self,
+        name: str,
+        items: Sequence[Item],
+        *,
+        kind: Kind = "person",
+        overlap: int = 1,
+        reserve: Sequence[str] = (),
+        salt: str = "",
+        lease: float = LEASE,
+    ) -> int:
+        """Make `items` what this round asks, and return the round's id.
+
+        Tasks seen before keep their labels; tasks not listed are no longer handed out; raising `overlap` adds
+        slots. With `reserve`, a task's slots belong to `overlap` of these annotators, drawn by (salt, task).
+        The order shown is drawn by (salt, task, annotator).
+        """
+        if reserve and overlap > len(reserve):
+            raise DataError(f"overlap {overlap}, but {len(reserve)} annotators: at most one label each")
+        names = {who: self.annotator(who, kind) for who in reserve}
+        with self._write() as x:
+            found = x.execute(select(Round).where(Round.name == name)).first()
+            if found is None:
+                round_id = rounds.add(x, Round, name=name, kind=kind, overlap=overlap, lease=lease, salt=salt)
+            elif found.kind != kind or found.salt != salt:
+                raise DataError(
+                    f"round {name!r}: opened before for kind {found.kind}, seed {found.salt}; rename it"
+                )
+            else:
+                round_id = int(found.id)
+                x.execute(update(Round).where(Round.id == round_id).values(overlap=overlap, lease=lease))
+            tasks = rounds.add_tasks(x, round_id, {item.task: item for item in items})
+            rounds.add_slots(x, round_id, tasks, overlap, names, salt)
+        return round_id
+
+    def round(self, name: str) -> int | None:
+        """Id of the round of this name; None if it was never opened."""
+        with self._read() as x:
+            return x.execute(select(Round.id).where(Round.name == name)).scalar()
+
+    def step(
+        self, round_id: int, annotator: int, labels: Sequence[Label] = (), want: int = 0
+    ) -> tuple[list[Status], list[Shown]]:
+        """Record `labels` (one status each), then top up to `want` open tasks of this annotator, returned.
+
+        A task stays with its annotator until labelled, or taken over after its lease, so asking again gives
+        the same tasks. A batch costs little more than one label.
+        """
+        with self._write() as x:
+            statuses = queue.record(x, round_id, annotator, labels) if labels else []
+            shown = queue.claim(x, round_id, annotator, want) if want else []
+        return statuses, shown
+
+    def history(self, round_id: int, annotator: int, limit: int = 20) -> list[tuple[Shown, int | None]]:
+        """The last tasks this annotator labelled, oldest first, with the current label in the order shown."""
+        with self._read() as x:
+            return queue.history(x, round_id, annotator, limit)
+
+    def progress(self, round_id: int, annotator: int | None = None) -> Progress:
+        """Slots of the present list; for one annotator, tasks they did and tasks they could do."""
+        mine = Slot.annotator_id == annotator
+        query = select(func.count(), func.count().filter(Slot.state == "done")).where(
+            Slot.round_id == round_id, Slot.active
+        )
+        if annotator is not None:
+            allowed = or_(Slot.reserved_id.is_(None), Slot.reserved_id == annotator)
+            query = select(
+                func.count(Slot.task_id.distinct()), func.count().filter(Slot.state == "done", mine)
+            ).where(Slot.round_id == round_id, Slot.active, allowed, or_(mine, Slot.state != "done"))
+        with self._read() as x:
+            asked, done = x.execute(query).one()
+        return Progress(asked, done)
+
+    def labels(self, round_id: int) -> list[Current]:
+        """The labels that count, sorted by task and annotator; those on tasks no longer listed too."""
+        highest = (
+            select(Judgement.slot_id, func.max(Judgement.rev).label("rev"))
+            .group_by(Judgement.slot_id)
+            .subquery()
+        )
+        query = (
+            select(Task.key, Annotator.name, Judgement.preference, View.display_order)
+            .join(highest, (highest.c.slot_id == Judgement.slot_id) & (highest.c.rev == Judgement.rev))
+            .join(View, (View.slot_id == Judgement.slot_id) & (View.lease == Judgement.lease))
+            .join(Slot, Slot.id == Judgement.slot_id)
+            .join(Task, Task.id == Slot.task_id)
+            .join(Annotator, Annotator.id == Judgement.annotator_id)
+            .where(Slot.round_id == round_id)
+        )
+        with self._read() as x:
+            found = [Current(*row) for row in x.execute(query)]
+        return sorted(found, key=lambda label: (label.task, label.annotator))
+
+    def start_session(self, annotator: int) -> str:
+        """A secret for the browser's cookie. Sessions survive a restart of the server."""
+        secret = secrets.token_urlsafe(32)
+        with self._write() as x:
+            x.execute(insert(Session), {"sha": _sha(secret), "annotator_id": annotator, "at": time.time()})
+        return secret
+
+    def session(self, secret: str) -> tuple[int, str] | None:
+        """(id, name) of the annotator this secret was given to."""
+        with self._read() as x:
+            row = x.execute(_SESSION, {"sha": _sha(secret)}).first()
+        return (row.id, row.name) if row else None
+
+    @contextmanager
+    def _write(self) -> Iterator[Connection]:
+        """A transaction that holds the write lock from its start and is on disk when the block is left."""
+        try:
+            with self._one_writer, self._engine.begin() as x:
+                yield x
+        except IntegrityError:
+            raise  # a guarantee of the schema held against a mistake of ours
+        except DatabaseError as error:
+            raise DataError(
+                f"{self.url}: {error.orig}; is it a label database, with room on its disk?"
+            ) from error
+
+    @contextmanager
+    def _read(self) -> Iterator[Connection]:
+        with self._engine.connect() as x:
+            yield x.execution_options(read=True)
+
+
+def default_url() -> str:
+    """The label database of this checkout: labels.db in the folder of runs."""
+    return f"sqlite:///{Path(os.environ.get('PREFLOOP_RUNS', 'runs')) / 'labels.db'}"
+
+
+_SESSION = (
+    select(Annotator.id, Annotator.name)
+    .join(Session, Session.annotator_id == Annotator.id)
+    .where(Session.sha == bindparam("sha"))
+)
+
+
+def _engine(url: str) -> Engine:
+    try:
+        parsed = make_url(url)
+    except ArgumentError:
+        raise DataError(f"{url}: not a database URL; write sqlite:///path/to/labels.db") from None
+    if parsed.get_backend_name() != "sqlite" or parsed.database in (None, "", ":memory:"):
+        raise DataError(f"{url}: labels need a file that survives; write sqlite:///path/to/labels.db")
+    try:
+        Path(str(parsed.database)).parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DataError(f"{url}: cannot make its folder ({error.strerror})") from None
+    engine = create_engine(parsed, connect_args={"timeout": 30}, pool_size=16, max_overflow=48)
+
+    @event.listens_for(engine, "connect")
+    def _connect(connection: Any, _: object) -> None:
+        connection.isolation_level = None  # BEGIN is ours, below
+        for pragma in ("busy_timeout=30000", "journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON"):
+            connection.execute(f"PRAGMA {pragma}")
+
+    @event.listens_for(engine, "begin")
+    def _begin(x: Connection) -> None:
+        # The write lock up front: a transaction that reads first and writes later can deadlock with another.
+        x.exec_driver_sql("BEGIN" if x.get_execution_options().get("read") else "BEGIN IMMEDIATE")
+
+    return engine
+
+
+def _sha(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()

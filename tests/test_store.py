@@ -1,0 +1,366 @@
+"""The label database: what it hands out, what it keeps, and that nothing is lost or counted twice."""
+
+import multiprocessing
+import random
+import sqlite3
+import threading
+import time
+from collections import Counter
+from functools import partial
+from pathlib import Path
+
+import pytest
+from sqlalchemy import text
+
+from annotate.queue import Label, Shown
+from annotate.records import DataError, Item, Message, prompt_id
+from annotate.store import Store
+
+
+def item(number: int, replies: tuple[str, ...] = ("first", "second")) -> Item:
+    prompt = [Message(role="user", content=f"question {number}")]
+    texts = [f"{reply} {number}" for reply in replies]
+    return Item(id=prompt_id(prompt), split="train", use="preference", prompt=prompt, completions=texts)
+
+
+ITEMS = [item(n) for n in range(30)]
+TASKS = {i.task: i for i in ITEMS}
+SLOT = "insert into slots(task_id, round_id, number, priority, active, state, lease) values "
+JUDGEMENT = "insert into judgements(slot_id, lease, annotator_id, rev, token, preference, at) values "
+
+
+@pytest.fixture
+def url(tmp_path: Path) -> str:
+    return f"sqlite:///{tmp_path}/labels.db"
+
+
+@pytest.fixture
+def store(url: str) -> Store:
+    return Store(url)
+
+
+def label(view: Shown, preference: int | None = 2, attempt: str = "0") -> Label:
+    return Label(token=f"{view.key}-{attempt}", preference=preference)
+
+
+def counts(store: Store, query: str) -> int:
+    with store._read() as x:
+        return int(x.execute(text(query)).scalar_one())
+
+
+def test_a_label_is_stored_in_canonical_order_whatever_was_shown(store: Store) -> None:
+    round_id, me = store.open_round("r", ITEMS), store.annotator("ann")
+    _, views = store.step(round_id, me, want=30)
+    assert {view.completions[0].split()[0] for view in views} == {"first", "second"}  # both orders occur
+
+    store.step(round_id, me, [label(v, 3 if v.completions[0].startswith("first") else -3) for v in views])
+    found = store.labels(round_id)
+    assert [current.preference for current in found] == [3] * 30
+    for current in found:
+        shown = next(v for v in views if v.task == current.task).completions
+        assert [TASKS[current.task].completions[i] for i in current.order] == shown
+
+
+def test_views_hold_the_prompt_and_completions_and_asking_again_changes_nothing(store: Store) -> None:
+    round_id, me = store.open_round("r", ITEMS), store.annotator("ann")
+    _, views = store.step(round_id, me, want=3)
+    assert len(views) == 3
+    for view in views:
+        assert view.messages == [m.model_dump() for m in TASKS[view.task].prompt]
+        assert sorted(view.completions) == sorted(TASKS[view.task].completions)
+    assert store.step(round_id, me, want=3)[1] == views
+    assert Store(store.url).step(round_id, me, want=3)[1] == views
+
+
+def test_the_order_shown_differs_between_people_and_not_between_visits(store: Store) -> None:
+    round_id = store.open_round("r", ITEMS, overlap=2)
+    seen = [
+        {view.task: view.completions for view in store.step(round_id, store.annotator(who), want=30)[1]}
+        for who in ("ann", "bob")
+    ]
+    assert seen[0].keys() == seen[1].keys()
+    assert 5 < sum(seen[0][task] != seen[1][task] for task in TASKS) < 25
+
+
+def test_a_retry_is_saved_once_and_a_correction_adds_a_revision(store: Store) -> None:
+    round_id, me = store.open_round("r", ITEMS), store.annotator("ann")
+    _, [view] = store.step(round_id, me, want=1)
+    assert store.step(round_id, me, [label(view, 1)])[0] == ["saved"]
+    assert store.step(round_id, me, [label(view, -2)])[0] == ["duplicate"]
+    assert store.step(round_id, me, [label(view, -2, "b"), label(view, None, "c")])[0] == ["saved"] * 2
+    assert [(past[0].key, past[1]) for past in store.history(round_id, me)] == [(view.key, None)]
+    assert [current.preference for current in store.labels(round_id)] == [None]
+    assert counts(store, "select count(*) from judgements") == 3
+    assert store.progress(round_id).done == 1
+
+
+def test_history_comes_oldest_first_in_the_order_shown(store: Store) -> None:
+    round_id, me = store.open_round("r", ITEMS), store.annotator("ann")
+    _, views = store.step(round_id, me, want=5)
+    for preference, view in enumerate(views, -2):
+        store.step(round_id, me, [label(view, preference)])
+    store.step(round_id, me, [label(views[0], 3, "again")])
+    assert store.history(round_id, me) == list(zip(views, [3, -1, 0, 1, 2], strict=True))
+    assert store.history(round_id, me, limit=2) == [(views[3], 1), (views[4], 2)]
+
+
+def test_each_task_gets_exactly_overlap_labels_from_different_people(store: Store) -> None:
+    round_id = store.open_round("r", ITEMS, overlap=2)
+    for who in ("ann", "bob", "cat"):
+        me = store.annotator(who)
+        while views := store.step(round_id, me, want=7)[1]:
+            store.step(round_id, me, [label(v) for v in views])
+        done = store.progress(round_id, me)
+        assert done.asked == done.done
+    found = store.labels(round_id)
+    assert Counter(Counter(current.task for current in found).values()) == {2: 30}
+    assert len({(current.task, current.annotator) for current in found}) == 60
+    assert store.progress(round_id).done == store.progress(round_id).asked == 60
+
+
+def test_reserved_slots_go_to_the_annotators_drawn_and_nobody_else(store: Store) -> None:
+    names = ["ann", "bob", "cat"]
+    round_id = store.open_round("r", ITEMS, overlap=1, reserve=names, salt="7", kind="simulated")
+    other = Store(store.url.replace("labels.db", "other.db"))
+    again = other.open_round("s", ITEMS[::-1], overlap=2, reserve=names[::-1], salt="7", kind="simulated")
+    given = {
+        n: {v.task for v in store.step(round_id, store.annotator(n, "simulated"), want=99)[1]} for n in names
+    }
+    assert sum(map(len, given.values())) == 30 and all(len(tasks) > 3 for tasks in given.values())
+    for name in names:  # one more label for each task keeps the first assignment
+        more = other.step(again, other.annotator(name, "simulated"), want=99)[1]
+        assert given[name] < {view.task for view in more}
+    assert store.step(round_id, store.annotator("dan", "simulated"), want=9)[1] == []
+
+
+def test_work_survives_another_list_of_items(store: Store) -> None:
+    round_id, me = store.open_round("r", ITEMS[:10]), store.annotator("ann")
+    _, views = store.step(round_id, me, want=10)
+    store.step(round_id, me, [label(v) for v in views[:4]])
+
+    done = {v.task for v in views[:4]}
+    kept = [i for i in ITEMS[:10] if i.task in done][:2]
+    assert store.open_round("r", [*kept, *ITEMS[10:15]]) == round_id
+    assert (store.progress(round_id).asked, store.progress(round_id).done) == (7, 2)
+    assert {v.task for v in store.step(round_id, me, want=99)[1]} == {i.task for i in ITEMS[10:15]}
+    assert store.step(round_id, me, [label(views[9])])[0] == ["saved"]  # shown before the list changed
+    assert {current.task for current in store.labels(round_id)} == done | {views[9].task}
+
+    store.open_round("r", ITEMS[:10], overlap=2)
+    assert (store.progress(round_id).asked, store.progress(round_id).done) == (20, 5)
+
+
+def test_an_expired_lease_is_taken_over_and_the_late_label_is_kept_uncounted(store: Store) -> None:
+    round_id = store.open_round("r", ITEMS[:1], lease=0.01)
+    ann, bob = store.annotator("ann"), store.annotator("bob")
+    _, [first] = store.step(round_id, ann, want=1)
+    time.sleep(0.02)
+    _, [second] = store.step(round_id, bob, want=1)
+    assert (first.task, first.key) == (second.task, second.key.replace("-2", "-1"))
+    assert store.step(round_id, bob, [label(second, 1)])[0] == ["saved"]
+    assert store.step(round_id, ann, [label(first, -3)])[0] == ["late"]
+    assert store.step(round_id, ann, [label(first, -3)])[0] == ["duplicate"]
+    assert [(c.annotator, c.task) for c in store.labels(round_id)] == [("bob", first.task)]
+    assert counts(store, "select count(*) from judgements where rev is null") == 1
+
+
+def test_an_expired_lease_that_nobody_wanted_still_counts(store: Store) -> None:
+    round_id, me = store.open_round("r", ITEMS[:1], lease=0.01), store.annotator("ann")
+    _, [view] = store.step(round_id, me, want=1)
+    time.sleep(0.02)
+    assert store.step(round_id, me, [label(view)])[0] == ["saved"]
+
+
+def test_the_same_person_taking_a_task_back_gets_another_token(store: Store) -> None:
+    round_id = store.open_round("r", ITEMS[:1], lease=0.01)
+    ann, bob = store.annotator("ann"), store.annotator("bob")
+    keys = []
+    for who in (ann, bob, ann):
+        keys.append(store.step(round_id, who, want=1)[1][0].key)
+        time.sleep(0.02)
+    assert keys == ["1-1", "1-2", "1-3"]
+    stale = Label(token="1-1-x", preference=1)
+    assert store.step(round_id, ann, [stale])[0] == ["late"]
+
+
+def test_tokens_of_others_and_of_other_rounds_are_refused(store: Store) -> None:
+    round_id, other = store.open_round("r", ITEMS[:3]), store.open_round("s", ITEMS[:3])
+    ann, bob = store.annotator("ann"), store.annotator("bob")
+    _, views = store.step(round_id, ann, want=3)
+    assert store.step(round_id, bob, [label(views[0])])[0] == ["refused"]
+    assert store.step(other, ann, [label(views[0])])[0] == ["refused"]
+    never = Label(token="999-1-0", preference=1)
+    assert store.step(round_id, ann, [never, label(views[1])])[0] == ["refused", "saved"]
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        {"token": "1-1-0", "preference": 4},
+        {"token": "1-1-0", "preference": -4},
+        {"token": "1-1-0", "preference": 1.5},
+        {"token": "1-1-0", "preference": True},
+        {"token": "1-1-0", "preference": "2"},
+        {"token": "1-1-0"},
+        {"token": "1-1", "preference": 1},
+        {"token": "1-1-0; drop table judgements", "preference": 1},
+        {"token": "1-1-0\n", "preference": 1},
+        {"token": "1-1-0", "preference": 1, "client_ms": -1},
+        {"token": "1-1-0", "preference": 1, "annotator": "bob"},
+    ],
+)
+def test_a_label_out_of_form_is_refused(bad: dict[str, object]) -> None:
+    with pytest.raises(ValueError):
+        Label.model_validate(bad)
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "update judgements set preference = 3",
+        "delete from judgements",
+        "update views set annotator_id = 2",
+        "delete from views",
+        "update slots set annotator_id = 2 where state = 'done'",
+        "update slots set state = 'free', annotator_id = null where state = 'done'",
+        "update slots set state = 'free' where state = 'open'",
+        "delete from slots",
+        SLOT + "(1, 1, 0, 0, 1, 'free', 0)",  # the task has a slot of that number
+        JUDGEMENT + "(2, 1, 2, 0, 't', 1, 0)",  # bob was never shown it
+        JUDGEMENT + "(1, 1, 1, 0, 't', 1, 0)",  # revision 0 is there
+        JUDGEMENT + "(1, 1, 1, 1, '1-1-0', 1, 0)",  # this token was used
+        JUDGEMENT + "(1, 1, 1, 1, 't', 4, 0)",  # off the scale
+    ],
+)
+def test_the_schema_itself_refuses_what_must_not_happen(store: Store, statement: str) -> None:
+    round_id, ann = store.open_round("r", ITEMS[:2]), store.annotator("ann")
+    store.annotator("bob")
+    _, views = store.step(round_id, ann, want=2)
+    first = next(view for view in views if view.key == "1-1")
+    store.step(round_id, ann, [label(first)])
+    store.close()
+    with sqlite3.connect(store.url.removeprefix("sqlite:///")) as x:
+        x.execute("pragma foreign_keys = on")
+        with pytest.raises(sqlite3.IntegrityError):
+            x.execute(statement)
+
+
+def test_claims_use_the_partial_indexes(store: Store) -> None:
+    from annotate.queue import _EXPIRED, _FREE
+
+    store.open_round("r", ITEMS)
+    for query, index in ((_FREE, "slots_free"), (_EXPIRED, "slots_open")):
+        with store._read() as x:
+            values = {"round": 1, "me": 1, "n": 3, "now": 0.0}
+            compiled = query.params(values).compile(x, compile_kwargs={"literal_binds": True})
+            plan = " ".join(str(row) for row in x.exec_driver_sql(f"explain query plan {compiled}"))
+        assert index in plan and "TEMP B-TREE" not in plan, plan
+
+
+def start_and_join(threads: list[threading.Thread]) -> None:
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+
+
+def work(url: str, first: int, people: int, out: "multiprocessing.Queue[list[tuple[str, str]]]") -> None:
+    """Annotators who double-click, reload and lose leases; reports every (token, status) they were told."""
+    store = Store(url)
+    round_id = store.round("r")
+    assert round_id is not None
+    told: list[tuple[str, str]] = []
+
+    def say(me: int, what: Label) -> None:
+        told.append((what.token, store.step(round_id, me, [what])[0][0]))
+
+    def person(number: int) -> None:
+        dice, me = random.Random(number), store.annotator(f"p{number}")
+        while views := store.step(round_id, me, want=1)[1]:
+            if dice.random() < 0.1:
+                time.sleep(0.03)  # longer than the lease
+            click = partial(say, me, label(views[0], dice.randint(-3, 3)))
+            clicks = [threading.Thread(target=click) for _ in range(2 if dice.random() < 0.3 else 1)]
+            start_and_join(clicks)
+
+    start_and_join([threading.Thread(target=person, args=(first + n,)) for n in range(people)])
+    out.put(told)
+
+
+def contend(url: str, tasks: int, processes: int, people: int) -> None:
+    store = Store(url)
+    round_id = store.open_round("r", [item(n) for n in range(tasks)], overlap=3, lease=0.02)
+    context = multiprocessing.get_context("spawn")
+    out: multiprocessing.Queue[list[tuple[str, str]]] = context.Queue()
+    workers = [context.Process(target=work, args=(url, 100 * p, people, out)) for p in range(processes)]
+    for worker in workers:
+        worker.start()
+    told = [entry for _ in workers for entry in out.get(timeout=600)]
+    for worker in workers:
+        worker.join()
+
+    assert set(status for _, status in told) <= {"saved", "duplicate", "late"}
+    saved = Counter(token for token, status in told if status == "saved")
+    assert set(saved.values()) == {1}  # a double click is saved once
+    found = store.labels(round_id)
+    assert len(saved) == len(found) == 3 * tasks
+    assert Counter(Counter(c.task for c in found).values()) == {3: tasks}
+    assert len({(c.task, c.annotator) for c in found}) == 3 * tasks
+    with store._read() as x:
+        rows = set(x.execute(text("select token from judgements where rev is not null")).scalars())
+        late = set(x.execute(text("select token from judgements where rev is null")).scalars())
+        assert x.execute(text("pragma integrity_check")).scalar() == "ok"
+    assert rows == set(saved)
+    assert late == {token for token, status in told if status == "late"}
+
+
+def test_two_processes_of_four_people_lose_and_double_nothing(url: str) -> None:
+    contend(url, tasks=60, processes=2, people=4)
+
+
+@pytest.mark.soak
+def test_three_processes_of_sixteen_people_lose_and_double_nothing(url: str) -> None:
+    contend(url, tasks=2000, processes=3, people=16)
+
+
+def test_sessions_survive_and_secrets_are_not_stored(store: Store) -> None:
+    me = store.annotator("ann")
+    secret = store.start_session(me)
+    assert Store(store.url).session(secret) == (me, "ann")
+    assert store.session(secret[:-1]) is None
+    assert secret.encode() not in Path(store.url.removeprefix("sqlite:///")).read_bytes()
+
+
+def test_names_belong_to_one_kind(store: Store) -> None:
+    assert store.annotator("ann") == store.annotator("ann")
+    with pytest.raises(DataError, match="choose another name"):
+        store.annotator("ann", "simulated")
+    for bad in ("", " ann", "a\nb", "x" * 61):
+        with pytest.raises(DataError, match="printable"):
+            store.annotator(bad)
+
+
+def test_a_round_is_not_reopened_for_another_purpose(store: Store) -> None:
+    store.open_round("r", ITEMS, salt="0")
+    with pytest.raises(DataError, match="seed"):
+        store.open_round("r", ITEMS, salt="1")
+    with pytest.raises(DataError, match="overlap 3"):
+        store.open_round("t", ITEMS, overlap=3, reserve=["a", "b"])
+
+
+def test_wrong_files_and_urls_say_what_to_do(tmp_path: Path) -> None:
+    (tmp_path / "text.db").write_text("no database at all, " * 100)
+    with pytest.raises(DataError, match="label database"):
+        Store(f"sqlite:///{tmp_path}/text.db")
+    for url in ("nonsense", "postgresql://localhost/labels", "sqlite://", "sqlite:///:memory:"):
+        with pytest.raises(DataError, match="sqlite:///"):
+            Store(url)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(DataError, match="folder"):
+        Store(f"sqlite:///{tmp_path}/file/labels.db")
+    newer = Store(f"sqlite:///{tmp_path}/newer.db")
+    newer.close()
+    with sqlite3.connect(tmp_path / "newer.db") as x:
+        x.execute("update database set version = 99")
+    with pytest.raises(DataError, match="version 99"):
+        Store(newer.url)
