@@ -36,8 +36,8 @@ def render(table: Table, rows: Sequence["Scored"], plots: Sequence[tuple[str, st
         *_lineage(table),
         "## Made by",
         f"```\n{table.command}\n```",
-        "`table.csv` and `table.json` hold every number with its interval; `records.jsonl.gz` holds every reply "
-        "with everything measured on it, from which the table can be computed again.",
+        "`table.csv` and `table.json` hold every number with its interval; `records.jsonl.gz` holds every "
+        "reply with everything measured on it, from which the table can be computed again.",
     ]
     return "\n\n".join(parts) + "\n"
 
@@ -70,8 +70,8 @@ def _opening(table: Table) -> Iterable[str]:
     seeds = f", {len(table.seeds)} seeds ({', '.join(map(str, table.seeds))})" if len(table.seeds) > 1 else ""
     judges = {line.labels for line in table.lines if line.labels}
     yield (
-        f"{prompts} test prompts that no stage was trained on{seeds}; one reply of each policy to each, drawn "
-        f"at temperature 1. Judgements behind the trained rows: {', '.join(sorted(judges)) or 'none'}."
+        f"{prompts} test prompts that no stage was trained on{seeds}; one reply of each policy to each, "
+        f"drawn at temperature 1. Judgements behind the trained rows: {', '.join(sorted(judges)) or 'none'}."
     )
 
 
@@ -95,24 +95,26 @@ def _guide(table: Table) -> Iterable[str]:
     if table.measure == "gold":
         yield (
             "**Gold score** is the rubric of this world, which no training stage sees. **Headroom closed** "
-            "is (policy - SFT) / (maximum - SFT). **Win rate** compares with SFT's reply to the same prompt by "
-            "the rubric, ties half."
+            "is (policy - SFT) / (maximum - SFT). **Win rate** compares with SFT's reply to the same prompt "
+            "by the rubric, ties half."
         )
     else:
         yield (
             "No truth is known in this world. The **reward model** is itself learned and is what PPO "
-            "optimises, so its scores and its win rate are a proxy: they can rise while people would not agree."
+            "optimises, so its scores and its win rate are a proxy: they can rise while people "
+            "would not agree."
         )
     yield (
         "**KL** is the mean of log π(reply) - log π_SFT(reply) over the policy's own replies; ≤ marks "
-        "best-of-n's upper bound ln n - (n-1)/n. **Base-model loss** is that of the untuned model on the bare reply."
+        "best-of-n's upper bound ln n - (n-1)/n. **Base-model loss** is that of the untuned model on "
+        "the bare reply."
     )
     effects = [line.detectable for line in table.lines if line.detectable is not None]
     if effects:
         yield (
             f"**Minimum detectable effect**: with these prompts, a true difference from SFT of "
-            f"{max(effects):.2f} or more in the {_measure(table)} is found with a probability of at least 80 % "
-            "(two-sided test at 5 %, each row by itself)."
+            f"{max(effects):.2f} or more in the {_measure(table)} is found with a probability of at "
+            "least 80 % (two-sided test at 5 %, each row by itself)."
         )
 
 

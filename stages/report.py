@@ -115,7 +115,7 @@ def show(path: str | Path) -> None:
 
 
 def publish(path: str | Path, experiment: str, results: Path = RESULTS) -> Path:
-    """Copy a complete report to results/<experiment>/, in place of the one before, and list it in the index."""
+    """Copy a complete report to results/<experiment>/, in place of the one before, and index it."""
     from stages.run import load_manifest
 
     path = Path(path)
