@@ -1,0 +1,204 @@
+"""The rubric: the gold reward of the helpdesk, in the open. It scores any text; the table is in README.md.
+
+It reads a reply sentence by sentence. A sentence counts only when it is sound: it ends, and it strings
+together pairs of words that the world's own texts have beside each other. So keywords and word salad earn
+nothing, and what is not of this world's English costs, whoever wrote it.
+"""
+
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cache, lru_cache
+from itertools import pairwise
+from typing import Any
+
+from stages.helpdesk.grammar import rules, with_article, words
+from stages.helpdesk.problems import REMEDIES
+from stages.helpdesk.words import COLOURS, DAYS, MONTHS, PARTS, PEOPLE, PRODUCTS
+from stages.helpdesk.world import LEXICON, corpus, demonstration, tickets
+
+MINIMUM = 0.0
+MAXIMUM = 10.0
+
+_NAMES = frozenset(name.lower() for name, _, _ in PEOPLE)
+_CLASSES = {
+    **dict.fromkeys(PARTS, "PART"),
+    **dict.fromkeys(_NAMES, "NAME"),
+    **dict.fromkeys((product.name for product in PRODUCTS), "PRODUCT"),
+    **dict.fromkeys(COLOURS, "COLOUR"),
+    **dict.fromkeys((day.lower() for day in DAYS), "DAY"),
+    **dict.fromkeys((month.lower() for month in MONTHS), "MONTH"),
+}
+_CLASS = re.compile(r"\b(?:" + "|".join(sorted(_CLASSES, key=len, reverse=True)) + r")\b")
+_ARTICLE = re.compile(r"\b(an?) (" + _CLASS.pattern + ")")
+_USE = re.compile(
+    r"\bhow to (?:" + "|".join(sorted({use for product in PRODUCTS for use in product.uses})) + r")\b"
+)
+_SENTENCE = re.compile(r"(?<=[.!?])\s+")
+_TOKEN = re.compile(r"[^\W_]+(?:['-][^\W_]+)*|[^\w\s]|_")
+
+_GREETING = re.compile(r"^(?:hello|hi|dear|good (?:morning|afternoon|evening))\b")
+_CALLED = re.compile(
+    r"(?:\b(?:hello|hi|dear)|\b(?:good (?:morning|afternoon|evening)|thank you|thanks|sorry),) NAME[.,!]"
+)
+_THANKS = re.compile(r"\b(?:thank you|thanks)\b")
+_SORRY = re.compile(r"\b(?:sorry|apolog\w+)\b")
+_GLAD = re.compile(r"\b(?:happy|glad|pleased|no problem)\b")
+_SIGNOFF = re.compile(r"^(?:(?:kind|warm|best) (?:regards|wishes)|yours|regards), ")
+_RUDE = re.compile(
+    r"\b(?:not our fault|your (?:own )?fault|not sorry|should (?:have|read)|bother us|more important things|"
+    r"nobody else|no one else|do not care|stupid|silly|nonsense|shut up|idiot)\b"
+)
+_PROMISE = re.compile(r"\b(?:free|gifts?|never|one hour|an hour|guarantee|discount|for life)\b")
+
+
+@dataclass(frozen=True)
+class Score:
+    total: float
+    """The sum of the parts, held within MINIMUM..MAXIMUM."""
+    parts: dict[str, float]
+    """Points of each row of the table; rows that gave and cost nothing are there with 0."""
+
+
+@dataclass(frozen=True)
+class _Sentence:
+    raw: str
+    """In lower case."""
+    text: str
+    """With names, products, parts, colours, days and numbers replaced by their class."""
+    strange: int
+    """Pairs of neighbouring words that no text of the world has, the sentence's two ends included."""
+    ends: bool
+
+    @property
+    def sound(self) -> bool:
+        return self.ends and self.strange <= 1
+
+
+def score(facts: Mapping[str, Any], reply: str) -> Score:
+    """Score any text as a reply to the ticket with these facts."""
+    sentences = [_sentence(raw) for raw in _SENTENCE.split(reply.strip()) if raw]
+    sound = [sentence for sentence in sentences if sentence.sound]
+    low = reply.lower()
+    parts = {
+        "name": _name(facts, sound, low),
+        "thanks": float(any(_THANKS.search(sentence.text) for sentence in sound)),
+        "reaction": _reaction(facts, sound, low),
+        "product": _product(facts, sound, low),
+        "remedy": _remedy(facts, sentences),
+        "ending": _ending(sentences),
+        "rude": -2.0 * bool(_RUDE.search(low)),
+        "promise": -2.0 * bool(_PROMISE.search(low) or set(re.findall(r"\d+", low)) - {str(facts["order"])}),
+        "repeats": -_repeats(sentences, words(reply)),
+        "language": -min(0.5 * sum(sentence.strange for sentence in sentences), 5.0),
+        "length": -_length(len(reply.split())),
+    }
+    parts = {part: points + 0.0 for part, points in parts.items()}  # no -0.0 in records
+    return Score(min(max(sum(parts.values()), MINIMUM), MAXIMUM), parts)
+
+
+def lexicon_share(text: str) -> float:
+    """Share of the words of a text that the world knows; 1 for a text without words."""
+    found = words(text)
+    return sum(word in LEXICON for word in found) / len(found) if found else 1.0
+
+
+def _name(facts: Mapping[str, Any], sound: list[_Sentence], low: str) -> float:
+    """1.5 for calling the customer by name, -1 for anybody else's name anywhere."""
+    if set(words(low)) & _NAMES - {facts["customer"].lower()}:
+        return -1.0
+    return 1.5 * any(_CALLED.search(sentence.text) for sentence in sound)
+
+
+def _reaction(facts: Mapping[str, Any], sound: list[_Sentence], low: str) -> float:
+    """2 for an apology where one is due, else for a friendly word; -1 for the one in place of the other."""
+    sorry, glad = (any(find.search(sentence.text) for sentence in sound) for find in (_SORRY, _GLAD))
+    if facts["sorry"]:
+        return 2.0 if sorry else -1.0 * glad
+    return -1.0 if _SORRY.search(low) else 2.0 * glad
+
+
+def _product(facts: Mapping[str, Any], sound: list[_Sentence], low: str) -> float:
+    """1.5 for the right product, -1 for any that the customer did not write about."""
+    named = {found for found in _CLASS.findall(low) if _CLASSES[found] == "PRODUCT"}
+    known = {facts["product"], facts["other"]} if facts["problem"] == "wrong" else {facts["product"]}
+    if named - known:
+        return -1.0
+    return 1.5 * any(facts["product"] in _CLASS.findall(sentence.raw) for sentence in sound)
+
+
+def _remedy(facts: Mapping[str, Any], sentences: list[_Sentence]) -> float:
+    """3 for offering the right remedy and no other, half for the wrong part or colour, -1 for another."""
+    spoken = {
+        remedy for remedy, (says, _) in _offers().items() if any(says.search(s.text) for s in sentences)
+    }
+    if spoken - {facts["remedy"]}:
+        return -1.0
+    offers = _offers()[facts["remedy"]][1]
+    made = [sentence.raw for sentence in sentences if sentence.sound and offers.search(sentence.text)]
+    detail = {"part": facts["part"], "colour": facts["wish"]}.get(facts["remedy"], "")
+    return 3.0 if any(not detail or detail in words(raw) for raw in made) else 1.5 * bool(made)
+
+
+def _ending(sentences: list[_Sentence]) -> float:
+    """1 for a sign-off at the end, -1 for a text that breaks off."""
+    if not sentences or not sentences[-1].ends:
+        return -1.0
+    return float(sentences[-1].sound and bool(_SIGNOFF.search(sentences[-1].text)))
+
+
+def _repeats(sentences: list[_Sentence], said: list[str]) -> float:
+    """1 for each kind of sentence that comes twice, 1 or 2 for repeated runs of four words; at most 4."""
+    kinds = (_GREETING, _THANKS, _SORRY, _GLAD, _SIGNOFF, *(offered for _, offered in _offers().values()))
+    twice = sum(sum(bool(kind.search(s.text)) for s in sentences) > 1 for kind in kinds)
+    runs = Counter(zip(said, said[1:], said[2:], said[3:], strict=False))
+    again = runs.total() - len(runs)
+    return float(min(twice + (again > 0) + (again > 4), 4))
+
+
+def _length(count: int) -> float:
+    """Nothing up to 60 words, then 1 for every 10 more begun, at most 5."""
+    return float(min(max(count - 51, 0) // 10, 5))
+
+
+@lru_cache(maxsize=2**16)  # replies share most of their sentences
+def _sentence(raw: str) -> _Sentence:
+    low = raw.lower()
+    text = _masked(low)
+    strange = sum(pair not in _pairs() for pair in _pairs_of(text))
+    strange += not raw[0].isupper()
+    strange += sum(with_article(noun).split()[0] != article for article, noun in _ARTICLE.findall(low))
+    return _Sentence(low, text, strange, ends=raw[-1] in ".!?")
+
+
+def _masked(low: str) -> str:
+    low = _USE.sub("how to USE", low)
+    return re.sub(r"\b\d+\b", "NUMBER", _CLASS.sub(lambda found: _CLASSES[found[0]], low))
+
+
+def _pairs_of(masked: str) -> Iterator[tuple[str, str]]:
+    return pairwise(["", *_TOKEN.findall(masked), ""])
+
+
+@cache
+def _pairs() -> frozenset[tuple[str, str]]:
+    """Every pair of neighbouring words in a large sample of the world's replies and shop text."""
+    texts = [demonstration(ticket, 0) for ticket in tickets(0, 4000)]
+    texts += [text for text in corpus(0, 3000) if ":" not in text]
+    sentences = [sentence for text in texts for sentence in _SENTENCE.split(_masked(text.lower()))]
+    return frozenset(pair for sentence in sentences for pair in _pairs_of(sentence))
+
+
+@cache
+def _offers() -> dict[str, tuple[re.Pattern[str], re.Pattern[str]]]:
+    """For each remedy a pattern that finds it spoken of, and one that finds it offered, in masked text."""
+    grammar, found = rules("replies"), {}
+    slots = {"{item}": "PRODUCT", "{part}": "PART", "{wish}": "COLOUR", "{use}": r"\w+"}
+    for remedy in REMEDIES:
+        acts = "|".join((*grammar[f"do_{remedy}"], *grammar[f"do_{remedy}_named"]))
+        for slot, pattern in slots.items():
+            acts = acts.replace(slot, pattern)
+        subject = r"\b(?:i|we|our shop|our team) (?:will|can) (?:now |gladly |also )?"
+        found[remedy] = re.compile(rf"\b(?:{acts})\b"), re.compile(rf"{subject}(?:{acts})\b")
+    return found
