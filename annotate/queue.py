@@ -1,7 +1,7 @@
 """The two hot functions of the label database: record labels, hand out tasks.
 
-Both take batches, in a constant number of SQLAlchemy Core statements that are built once, inside a transaction
-that the caller opens and commits.
+Both take batches, in a constant number of SQLAlchemy Core statements that are built once, inside a
+transaction that the caller opens and commits.
 """
 
 import re

@@ -90,10 +90,13 @@ class Task(Base):
 class Annotator(Base):
     __tablename__ = "annotators"
     id: Mapped[int] = mapped_column(primary_key=True)
-    name: Mapped[str] = mapped_column(unique=True)
+    name: Mapped[str]
     """A pseudonym."""
     kind: Mapped[str]
-    __table_args__ = (CheckConstraint("kind in ('person', 'model', 'simulated')"),)
+    __table_args__ = (
+        UniqueConstraint("name", "kind"),
+        CheckConstraint("kind in ('person', 'model', 'simulated')"),
+    )
 
 
 class Slot(Base):
