@@ -33,7 +33,7 @@ def krippendorff_alpha(tasks: Ratings, resamples: int = 1000, level: float = 0.9
     """Krippendorff's alpha for ordinal ratings, with a percentile interval from resampling tasks.
 
     alpha = 1 - observed / expected disagreement over the coincidence matrix o of values within tasks
-    (Krippendorff, Content Analysis, 2018, chapter 12): 1 is perfect, 0 what chance gives with these marginals.
+    (Krippendorff, Content Analysis, 2018, chapter 12): 1 is perfect, 0 what chance gives.
     The ordinal distance of two values is the number of ratings between them, squared. None where no task has
     two ratings, or where all ratings are equal.
     """

@@ -74,18 +74,13 @@ class Store:
         self._engine.dispose()
 
     def annotator(self, name: str, kind: Kind = "person") -> int:
-        """Id of the annotator of this pseudonym, made if new. Raises DataError if another kind has it."""
+        """Id of the annotator of this pseudonym and kind, made if new."""
         if not re.fullmatch(r"[^\x00-\x1f\x7f]{1,60}", name) or name != name.strip():
             raise DataError(f"annotator name {name!r}: 1 to 60 printable characters, no space at either end")
         with self._write() as x:
-            found = x.execute(select(Annotator.id, Annotator.kind).where(Annotator.name == name)).first()
-            if found is None:
-                return rounds.add(x, Annotator, name=name, kind=kind)
-        if found.kind != kind:
-            raise DataError(
-                f"annotator {name!r}: taken by an annotator of kind {found.kind}; choose another name"
-            )
-        return int(found.id)
+            same = select(Annotator.id).where(Annotator.name == name, Annotator.kind == kind)
+            found = x.execute(same).scalar()
+            return found if found is not None else rounds.add(x, Annotator, name=name, kind=kind)
 
     def open_round(
         self,
