@@ -70,7 +70,7 @@ def as_messages(turns: Sequence[Turn]) -> tuple[Message, ...]:
         raise Unusable("the turns of user and assistant do not alternate")
     if not all(turn.content for turn in turns):
         raise Unusable("empty turn in the prompt")
-    return tuple(Message.model_validate({"role": role, "content": writable(said)}) for role, said in turns)
+    return tuple(Message.model_validate({"role": role, "content": said}) for role, said in turns)
 
 
 def as_reply(cell: str | Sequence[Turn]) -> str:
@@ -79,11 +79,3 @@ def as_reply(cell: str | Sequence[Turn]) -> str:
             raise Unusable("the reply is not one turn of the assistant")
         cell = cell[0].content
     return cell
-
-
-def writable(text: str) -> str:
-    try:
-        text.encode()
-    except UnicodeEncodeError:  # half of a surrogate pair: cannot be written again
-        raise Unusable("broken Unicode") from None
-    return text

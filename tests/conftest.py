@@ -1,0 +1,51 @@
+"""For all tests: no connection leaves the machine, two threads at most, paths relative to the checkout."""
+
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+GUARD = Path(__file__).parent / "guard"
+
+# Before torch is imported here, and for the processes that tests start.
+os.environ["OMP_NUM_THREADS"] = "2"
+os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(GUARD), os.environ.get("PYTHONPATH")]))
+for _name in ("http_proxy", "https_proxy", "all_proxy"):  # a proxy on loopback would be a way out
+    for _variable in (_name, _name.upper()):
+        os.environ.pop(_variable, None)
+os.chdir(ROOT)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def guard(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The file that names every connection the guard refused, in this process and those started from it."""
+    log = tmp_path_factory.mktemp("guard") / "refused"
+    log.touch()
+    os.environ["PREFLOOP_GUARD"] = str(log)
+    sys.path.insert(0, str(GUARD))
+    sys.modules.pop("sitecustomize", None)  # the system's own, loaded at start
+    import sitecustomize  # noqa: F401
+
+    sys.path.remove(str(GUARD))
+    return log
+
+
+@pytest.fixture(autouse=True)
+def no_connection_leaves_the_machine(guard: Path) -> Iterator[None]:
+    """Fails the test that tried, even where the error was swallowed (telemetry does that)."""
+    before = guard.read_text()
+    yield
+    tried = guard.read_text()[len(before) :]
+    assert not tried, f"tried to leave the machine: {tried}"
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """Real data that lies beside the checkout and is no part of the project."""
+    path = ROOT.parent / "shared" / "data"
+    if not path.is_dir():
+        pytest.skip(f"real data is not there: {path}")
+    return path
