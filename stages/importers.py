@@ -32,7 +32,6 @@ from stages.turns import (
     split_turns,
     split_words,
     transcript,
-    writable,
 )
 
 Place = tuple[str, int]
@@ -168,7 +167,7 @@ def _judged(columns: Columns, prompt: tuple[Message, ...], reply: str) -> Exampl
 
 
 def _text(columns: Columns) -> Example:
-    text = writable(columns.text or "").strip()
+    text = (columns.text or "").strip()
     if not text:
         raise Unusable("empty text")
     return Example(text=text)
@@ -224,7 +223,7 @@ def _check(path: str | Path, number: int, columns: Columns, shape: tuple[str, ..
 
 
 def _example(prompt: tuple[Message, ...], chosen: str | None, rejected: str | None) -> Example:
-    chosen, rejected = (reply if reply is None else writable(reply).strip() for reply in (chosen, rejected))
+    chosen, rejected = (reply if reply is None else reply.strip() for reply in (chosen, rejected))
     if chosen == "" or rejected == "":
         raise Unusable("empty reply")
     if chosen is not None and chosen == rejected:

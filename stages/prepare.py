@@ -25,7 +25,6 @@ from pydantic import Field, model_validator
 
 from annotate.records import Judgement, Message, Record, Row, Split, Use, draw, prompt_id, write
 from stages import datacard
-from stages.cli import launch
 from stages.config import Reads, StageConfig, UserError
 from stages.importers import Dropped, Example, Place, paired, read
 from stages.run import Run
@@ -206,4 +205,6 @@ def one_block(text: str) -> str:
 
 
 if __name__ == "__main__":
+    from stages.cli import launch
+
     launch("prepare")

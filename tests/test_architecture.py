@@ -59,8 +59,9 @@ def test_reading_settings_needs_nothing_heavy():
 def test_telemetry_is_off_before_any_library_is_loaded():
     code = """
 import os, stages.cli
-off = {name: os.environ.get(name) for name in ("HF_HUB_DISABLE_TELEMETRY", "GRADIO_ANALYTICS_ENABLED", "DO_NOT_TRACK")}
-assert off == {"HF_HUB_DISABLE_TELEMETRY": "1", "GRADIO_ANALYTICS_ENABLED": "False", "DO_NOT_TRACK": "1"}, off
+expected = {"HF_HUB_DISABLE_TELEMETRY": "1", "GRADIO_ANALYTICS_ENABLED": "False", "DO_NOT_TRACK": "1"}
+found = {name: os.environ.get(name) for name in expected}
+assert found == expected, found
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
