@@ -1,8 +1,10 @@
 """For all tests: no connection leaves the machine, two threads at most, paths relative to the checkout."""
 
+import gzip
+import json
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -49,3 +51,17 @@ def shared() -> Path:
     if not path.is_dir():
         pytest.skip(f"real data is not there: {path}")
     return path
+
+
+@pytest.fixture
+def jsonl(tmp_path: Path) -> Callable[..., str]:
+    """Writes rows (objects, or lines as they stand) to a JSON-lines file and returns its path."""
+
+    def write(*rows: object, name: str = "rows.jsonl") -> str:
+        path = tmp_path / name
+        lines = [row if isinstance(row, str) else json.dumps(row) for row in rows]
+        data = "".join(line + "\n" for line in lines).encode()
+        path.write_bytes(gzip.compress(data) if path.suffix == ".gz" else data)
+        return str(path)
+
+    return write
