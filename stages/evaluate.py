@@ -6,6 +6,7 @@ Reads    policies        by name; `sft` is what the others are compared with, `b
          reward          a reward model: scores every reply, and chooses best-of-n among SFT's replies
          prompts         records; the test split of use `policy`
          rollouts        PPO's samples, to see the true score over training
+         items           pairs of replies; those held out test the reward model against the rubric
 Writes   records.jsonl   one Evaluation row for each policy and prompt; the report needs nothing else
          training.jsonl  the rollouts with their true score
 
@@ -15,13 +16,13 @@ there is one: the ceiling of what any reward model could choose.
 """
 
 from collections.abc import Sequence
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator
 
-from annotate.records import Evaluation, Record, read, write
+from annotate.records import Evaluation, Item, Record, read, write
 from stages import measures
-from stages.config import Model, Reads, Records, StageConfig, UserError
+from stages.config import Items, Model, Reads, Records, StageConfig, UserError
 from stages.run import Run
 
 VERSION = 1
@@ -33,6 +34,7 @@ class Config(StageConfig):
     reward: Annotated[str, Reads("model")] | None = None
     prompts: Records
     rollouts: Annotated[str, Reads("rollouts.jsonl")] | None = None
+    items: Items | None = None
     gold: Literal["helpdesk", "none"] = "none"
     """The world whose rubric scores replies; none: no truth is known, and the reward model stays a proxy."""
     examples: int = Field(default=400, ge=2)
@@ -64,12 +66,13 @@ def main(config: Config, run: Run) -> None:
     if config.reward is not None:
         measures.measure_reward(config.reward, flat)
     for reply in flat:
-        reply.gold = world.score(reply.record, reply.text) if world else None
+        reply.gold = world.score(reply.record.facts, reply.text) if world else None
 
     table = choose_best(config, replies)
     rows = [row for policy in table for row in evaluations(policy, table, world)]
     write(run.output("records.jsonl"), rows)
     write_training(config, run, world)
+    check_reward_model(config, run, world)
     summarise(config, run, rows, world)
 
 
@@ -81,8 +84,8 @@ class World:
 
         self.rubric = rubric
 
-    def score(self, record: Record, reply: str) -> float:
-        return float(self.rubric.score(record.facts, reply).total)
+    def score(self, facts: dict[str, Any], reply: str) -> float:
+        return float(self.rubric.score(facts, reply).total)
 
     def lexicon(self, reply: str) -> float:
         return float(self.rubric.lexicon_share(reply))
@@ -183,13 +186,37 @@ def evaluations(policy: str, table: dict[str, list[measures.Reply]], world: Worl
 
 
 def write_training(config: Config, run: Run, world: World | None) -> None:
-    from stages.ppo import Rollout
+    from stages.ppo_trainer import Rollout
 
     rollouts = read(config.rollouts, Rollout) if config.rollouts else []
     if world:
         records = {record.id: record for record in read(config.prompts, Record)}
-        rollouts = [r.model_copy(update={"gold": world.score(records[r.id], r.completion)}) for r in rollouts]
+        rollouts = [
+            r.model_copy(update={"gold": world.score(records[r.id].facts, r.completion)}) for r in rollouts
+        ]
     write(run.output("training.jsonl"), rollouts)
+
+
+def check_reward_model(config: Config, run: Run, world: World | None) -> None:
+    """How often the reward model prefers the reply that the rubric prefers, on held-out pairs that differ."""
+    if config.reward is None or config.items is None or world is None:
+        return
+    from annotate.statistics import proportion
+
+    items = [
+        item for item in read(config.items, Item) if item.split != "train" and len(item.completions) == 2
+    ]
+    golds = [[world.score(item.facts, text) for text in item.completions] for item in items]
+    kept = [(item, gold) for item, gold in zip(items, golds, strict=True) if gold[0] != gold[1]]
+    if not kept:
+        run.say("no held-out pair of items differs in its rubric score: the reward model was not tested")
+        return
+    scores = measures.score_items(config.reward, [item for item, _ in kept])
+    agrees = [float((g[0] > g[1]) == (s[0] > s[1])) for (_, g), s in zip(kept, scores, strict=True)]
+    found = proportion(agrees, [item.id for item, _ in kept])
+    run.record(
+        reward_agreement={"value": found.value, "low": found.low, "high": found.high, "pairs": len(kept)}
+    )
 
 
 def summarise(config: Config, run: Run, rows: Sequence[Evaluation], world: World | None) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from annotate.records import Record
+from annotate.records import Item, Record
 from stages.config import UserError
 
 
@@ -108,6 +108,22 @@ def measure_reward(path: str, replies: Sequence[Reply]) -> None:
     found = rewards(model, [Example(r.prompt, (r.tokens,)) for r in replies])
     for reply, (value,) in zip(replies, found, strict=True):
         reply.reward = value
+
+
+def score_items(path: str, items: Sequence[Item]) -> list[list[float]]:
+    """The reward model's scores of every item's completions."""
+    from reward.model import load_reward
+    from reward.tokens import Example, completion_ids, prompt_ids, rewards
+
+    model, tokenizer = load_reward(path)
+    examples = [
+        Example(
+            prompt_ids(tokenizer, item.prompt),
+            tuple(completion_ids(tokenizer, text) for text in item.completions),
+        )
+        for item in items
+    ]
+    return rewards(model, examples)
 
 
 def win(gold: float | None, against: float | None) -> float | None:

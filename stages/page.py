@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from annotate.records import draw
-from stages.table import HEALTH, QUALITY, REFERENCE, Metric, Table, cell, grid, shown
+from stages.table import HEALTH, QUALITY, REFERENCE, Metric, Table, cell, grid, marks, shown
 
 if TYPE_CHECKING:
     from stages.tabulate import Scored
@@ -22,11 +22,11 @@ def render(table: Table, rows: Sequence["Scored"], plots: Sequence[tuple[str, st
         f"# {table.experiment}: what each policy reached",
         *_opening(table),
         "## Quality",
-        markdown(*grid(table, QUALITY)),
+        markdown(*grid(table, QUALITY, "<br>")),
         "## Health",
         "A high score counts only with sound replies: they end, do not repeat themselves, and stay plain.",
-        markdown(*grid(table, HEALTH)),
-        *_marks(table),
+        markdown(*grid(table, HEALTH, "<br>")),
+        *marks(table),
         "## How to read this",
         *_guide(table),
         *(f"![{caption}]({file})\n\n{caption}" for file, caption in plots),
@@ -75,14 +75,6 @@ def _opening(table: Table) -> Iterable[str]:
     )
 
 
-def _marks(table: Table) -> Iterable[str]:
-    for line in table.lines:
-        if failed := table.failed(line):
-            yield f"† **{line.policy}** was built although a check failed: {'; '.join(failed)}."
-        if line.warnings:
-            yield f"‡ **{line.policy}** {'; '.join(line.warnings)}."
-
-
 def _guide(table: Table) -> Iterable[str]:
     intervals = (
         "Numbers in brackets are 95 % intervals clustered by prompt: how far the mean could move with other "
@@ -94,7 +86,7 @@ def _guide(table: Table) -> Iterable[str]:
         yield f"{intervals}; for those, run several seeds."
     if table.measure == "gold":
         yield (
-            "**Gold score** is the rubric of this world, which no training stage sees. **Headroom closed** "
+            "**Gold** is the score by the rubric of this world, which no training stage sees. **Headroom closed** "
             "is (policy - SFT) / (maximum - SFT). **Win rate** compares with SFT's reply to the same prompt "
             "by the rubric, ties half."
         )

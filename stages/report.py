@@ -15,11 +15,12 @@ Writes   README.md         the page to read
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
+from textwrap import fill
 from typing import TYPE_CHECKING, Annotated
 
 from annotate.records import read, write
 from stages.config import Reads, StageConfig, UserError
-from stages.table import HEALTH, QUALITY, Table, grid, load, to_csv
+from stages.table import HEALTH, QUALITY, Table, grid, load, marks, to_csv
 
 if TYPE_CHECKING:
     from stages.plots import Sampled
@@ -89,28 +90,22 @@ def show(path: str | Path) -> None:
     from rich.table import Table as Grid
 
     table = load(path)
-    console = Console(highlight=False)
+    console = Console(highlight=False, markup=False)
     if not console.is_terminal:
         console.width = 120
-    for title, metrics in ((f"{table.experiment}: quality", QUALITY), ("health of the replies", HEALTH)):
-        heads, body = grid(table, metrics)
-        shown = Grid(
-            title=title, box=box.SIMPLE_HEAD if console.is_terminal else box.ASCII2, title_justify="left"
-        )
+    for title, metrics in ((f"{table.experiment}: quality", QUALITY), ("Health of the replies", HEALTH)):
+        heads, body = grid(table, metrics, "\n")
+        style = box.SIMPLE_HEAD if console.is_terminal else box.ASCII2
+        shown = Grid(title=title, title_justify="left", box=style)
         for index, head in enumerate(heads):
-            shown.add_column(head, justify="right" if index else "left", no_wrap=index == 0)
+            shown.add_column(fill(head, 14), justify="right" if index else "left")
         for cells in body:
             shown.add_row(*cells)
         console.print(shown)
-    for line in table.lines:
-        if failed := table.failed(line):
-            console.print(
-                f"† {line.policy} was built although a check failed: {'; '.join(failed)}", markup=False
-            )
-        if line.warnings:
-            console.print(f"‡ {line.policy} {'; '.join(line.warnings)}", markup=False)
+    for note in marks(table):
+        console.print(note)
     console.print(
-        f"95 % intervals clustered by prompt. Page, plots and samples: {path}/README.md", markup=False
+        f"[95 % intervals], clustered by prompt. Page, plots and samples: {Path(path) / 'README.md'}"
     )
 
 

@@ -86,7 +86,7 @@ class Metric:
 
 
 METRICS = (
-    Metric("gold", "Gold score"),
+    Metric("gold", "Gold"),
     Metric("headroom", "Headroom closed", 0, percent=True),
     Metric("win", "Win rate vs SFT", 0, percent=True, share=True),
     Metric("proxy_win", "Win rate vs SFT by reward model (proxy)", 0, percent=True, share=True),
@@ -130,11 +130,11 @@ def to_csv(table: Table) -> str:
     return out.getvalue()
 
 
-def grid(table: Table, metrics: Sequence[Metric]) -> tuple[list[str], list[list[str]]]:
-    """Heads and rows of text for those metrics that the table has."""
+def grid(table: Table, metrics: Sequence[Metric], newline: str) -> tuple[list[str], list[list[str]]]:
+    """Heads and rows of text for the metrics there are; `newline` parts a number from its interval."""
     present = _present(table, metrics)
     heads = ["Policy", *(_head(metric, table) for metric in present)]
-    body = [[table.name(line), *(cell(line, metric) for metric in present)] for line in table.lines]
+    body = [[table.name(line), *(cell(line, metric, newline) for metric in present)] for line in table.lines]
     if len(table.seeds) > 1 and present and present[0].name in ("gold", "proxy_win"):
         heads.insert(2, f"SD over {len(table.seeds)} seeds")
         for line, cells in zip(table.lines, body, strict=True):
@@ -143,8 +143,19 @@ def grid(table: Table, metrics: Sequence[Metric]) -> tuple[list[str], list[list[
     return heads, body
 
 
-def cell(line: Line, metric: Metric) -> str:
-    """A number as `3.92 (3.80 to 4.03)`, a bound as `≤ 1.20`."""
+def marks(table: Table) -> list[str]:
+    """What † and ‡ stand for, line by line."""
+    notes = []
+    for line in table.lines:
+        if failed := table.failed(line):
+            notes.append(f"† {line.policy} was built although a check failed: {'; '.join(failed)}.")
+        if line.warnings:
+            notes.append(f"‡ {line.policy}: {'; '.join(line.warnings)}.")
+    return notes
+
+
+def cell(line: Line, metric: Metric, newline: str = " ") -> str:
+    """A number as `3.92 [3.80, 4.03]`, a bound as `≤ 1.20`."""
     number = line.metrics.get(metric.name)
     if number is None:
         return NOTHING
@@ -153,7 +164,8 @@ def cell(line: Line, metric: Metric) -> str:
         return f"≤ {value}"
     if number.low is None or number.high is None or number.low == number.high:
         return value
-    return f"{value} ({shown(number.low, metric, unit=False)} to {shown(number.high, metric, unit=False)})"
+    low, high = shown(number.low, metric, unit=False), shown(number.high, metric, unit=False)
+    return f"{value}{newline}[{low}, {high}]"
 
 
 def shown(value: float, metric: Metric, unit: bool = True) -> str:
@@ -169,7 +181,7 @@ def _present(table: Table, metrics: Sequence[Metric]) -> list[Metric]:
 
 def _head(metric: Metric, table: Table) -> str:
     if metric.name == "gold" and table.maximum is not None:
-        return f"{metric.title} (of {table.maximum:g})"
+        return f"{metric.title}, of {table.maximum:g}"
     return metric.title
 
 

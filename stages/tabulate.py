@@ -1,6 +1,7 @@
 """From evaluation rows to the numbers of the result table, each with its interval clustered by prompt."""
 
 import math
+import re
 import statistics as std
 from collections.abc import Sequence
 from typing import Any, Literal
@@ -67,6 +68,9 @@ def _line(pairs: list[Pair], measure: str, maximum: float | None) -> Line:
             number = _number(metric, pairs, measure)
         if number is not None:
             metrics[metric.name] = number
+    best_of = re.match(r"best-of-(\d+)\b", policy)
+    if best_of and "kl" not in metrics:
+        metrics["kl"] = Number(value=statistics.best_of_n_kl(int(best_of[1])))
     detectable = None
     if policy == REFERENCE:  # against itself there is nothing to estimate
         metrics = {name: n for name, n in metrics.items() if name not in ("difference", "headroom")}
@@ -78,7 +82,8 @@ def _line(pairs: list[Pair], measure: str, maximum: float | None) -> Line:
         policy=policy,
         prompts=len(set(clusters)),
         rows=len(pairs),
-        metrics=metrics,
+        metrics={metric.name: metrics[metric.name] for metric in METRICS if metric.name in metrics},
+        kl_is_bound=best_of is not None,
         detectable=None if detectable is None else _finite(detectable),
     )
 
