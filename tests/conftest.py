@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import hypothesis
 import pytest
 
 ROOT = Path(__file__).parent.parent
@@ -19,6 +20,10 @@ for _name in ("http_proxy", "https_proxy", "all_proxy"):  # a proxy on loopback 
     for _variable in (_name, _name.upper()):
         os.environ.pop(_variable, None)
 os.chdir(ROOT)
+
+# The same examples every time, and no deadline: these tests also run on slow and busy machines.
+hypothesis.settings.register_profile("prefloop", deadline=None, derandomize=True)
+hypothesis.settings.load_profile("prefloop")
 
 
 @pytest.fixture(scope="session", autouse=True)
