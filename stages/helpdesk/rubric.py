@@ -1,8 +1,8 @@
 """The rubric: the gold reward of the helpdesk, in the open. It scores any text; the table is in README.md.
 
-It reads a reply sentence by sentence. A sentence counts only when it is sound: it ends, and it strings
-together pairs of words that the world's own texts have beside each other. So keywords and word salad earn
-nothing, and what is not of this world's English costs, whoever wrote it.
+It reads a reply sentence by sentence. A sentence counts only when it is sound: it ends, and nearly all pairs
+of its neighbouring words stand beside each other somewhere in the world's own texts. So keywords and word
+salad earn nothing, and what is not of this world's English costs, whoever wrote it.
 """
 
 import re
@@ -30,6 +30,7 @@ _CLASSES = {
     **dict.fromkeys((day.lower() for day in DAYS), "DAY"),
     **dict.fromkeys((month.lower() for month in MONTHS), "MONTH"),
 }
+_CAPITALS = _NAMES | {"i", *(word.lower() for word in (*DAYS, *MONTHS))}
 _CLASS = re.compile(r"\b(?:" + "|".join(sorted(_CLASSES, key=len, reverse=True)) + r")\b")
 _ARTICLE = re.compile(r"\b(an?) (" + _CLASS.pattern + ")")
 _USE = re.compile(
@@ -38,14 +39,16 @@ _USE = re.compile(
 _SENTENCE = re.compile(r"(?<=[.!?])\s+")
 _TOKEN = re.compile(r"[^\W_]+(?:['-][^\W_]+)*|[^\w\s]|_")
 
-_GREETING = re.compile(r"^(?:hello|hi|dear|good (?:morning|afternoon|evening))\b")
-_CALLED = re.compile(
-    r"(?:\b(?:hello|hi|dear)|\b(?:good (?:morning|afternoon|evening)|thank you|thanks|sorry),) NAME[.,!]"
-)
-_THANKS = re.compile(r"\b(?:thank you|thanks)\b")
-_SORRY = re.compile(r"\b(?:sorry|apolog\w+)\b")
-_GLAD = re.compile(r"\b(?:happy|glad|pleased|no problem)\b")
-_SIGNOFF = re.compile(r"^(?:(?:kind|warm|best) (?:regards|wishes)|yours|regards), ")
+_HELLO = r"(?:hello|hi|dear|good (?:morning|afternoon|evening),?)"
+_KINDS = {
+    "greeting": re.compile(rf"^{_HELLO} "),
+    "called": re.compile(rf"\b(?:{_HELLO}|(?:thank you|thanks|sorry),) NAME[.,!]"),
+    "thanks": re.compile(r"\b(?:thank you|thanks)\b"),
+    "sorry": re.compile(r"\b(?:sorry|apolog\w+)\b"),
+    "glad": re.compile(r"\b(?:happy|glad|pleased|no problem)\b"),
+    "signoff": re.compile(r"^(?:(?:kind|warm|best) (?:regards|wishes)|yours|regards), "),
+}
+_TWICE = ("greeting", "thanks", "sorry", "glad", "signoff", *(f"offers {remedy}" for remedy in REMEDIES))
 _RUDE = re.compile(
     r"\b(?:not our fault|your (?:own )?fault|not sorry|should (?:have|read)|bother us|more important things|"
     r"nobody else|no one else|do not care|stupid|silly|nonsense|shut up|idiot)\b"
@@ -63,34 +66,35 @@ class Score:
 
 @dataclass(frozen=True)
 class _Sentence:
-    raw: str
-    """In lower case."""
-    text: str
-    """With names, products, parts, colours, days and numbers replaced by their class."""
+    low: str
+    """The sentence in lower case."""
+    says: frozenset[str]
+    """What kinds of sentence it is: keys of _KINDS, "offers <remedy>", "speaks of <remedy>"."""
     strange: int
-    """Pairs of neighbouring words that no text of the world has, the sentence's two ends included."""
+    """Pairs of neighbouring words that no text of the world has, ends included, and wrong capitals."""
     ends: bool
 
     @property
     def sound(self) -> bool:
-        return self.ends and self.strange <= 1
+        return self.ends and self.strange <= max(1, len(words(self.low)) // 4)
 
 
 def score(facts: Mapping[str, Any], reply: str) -> Score:
     """Score any text as a reply to the ticket with these facts."""
     sentences = [_sentence(raw) for raw in _SENTENCE.split(reply.strip()) if raw]
     sound = [sentence for sentence in sentences if sentence.sound]
+    says = frozenset().union(*(sentence.says for sentence in sound))
     low = reply.lower()
     parts = {
-        "name": _name(facts, sound, low),
-        "thanks": float(any(_THANKS.search(sentence.text) for sentence in sound)),
-        "reaction": _reaction(facts, sound, low),
+        "name": _name(facts, says, low),
+        "thanks": float("thanks" in says),
+        "reaction": _reaction(facts, says, low),
         "product": _product(facts, sound, low),
         "remedy": _remedy(facts, sentences),
         "ending": _ending(sentences),
         "rude": -2.0 * bool(_RUDE.search(low)),
         "promise": -2.0 * bool(_PROMISE.search(low) or set(re.findall(r"\d+", low)) - {str(facts["order"])}),
-        "repeats": -_repeats(sentences, words(reply)),
+        "repeats": -_repeats(sentences),
         "language": -min(0.5 * sum(sentence.strange for sentence in sentences), 5.0),
         "length": -_length(len(reply.split())),
     }
@@ -104,19 +108,18 @@ def lexicon_share(text: str) -> float:
     return sum(word in LEXICON for word in found) / len(found) if found else 1.0
 
 
-def _name(facts: Mapping[str, Any], sound: list[_Sentence], low: str) -> float:
+def _name(facts: Mapping[str, Any], says: frozenset[str], low: str) -> float:
     """1.5 for calling the customer by name, -1 for anybody else's name anywhere."""
     if set(words(low)) & _NAMES - {facts["customer"].lower()}:
         return -1.0
-    return 1.5 * any(_CALLED.search(sentence.text) for sentence in sound)
+    return 1.5 * ("called" in says)
 
 
-def _reaction(facts: Mapping[str, Any], sound: list[_Sentence], low: str) -> float:
+def _reaction(facts: Mapping[str, Any], says: frozenset[str], low: str) -> float:
     """2 for an apology where one is due, else for a friendly word; -1 for the one in place of the other."""
-    sorry, glad = (any(find.search(sentence.text) for sentence in sound) for find in (_SORRY, _GLAD))
     if facts["sorry"]:
-        return 2.0 if sorry else -1.0 * glad
-    return -1.0 if _SORRY.search(low) else 2.0 * glad
+        return 2.0 if "sorry" in says else -1.0 * ("glad" in says)
+    return -1.0 if _KINDS["sorry"].search(low) else 2.0 * ("glad" in says)
 
 
 def _product(facts: Mapping[str, Any], sound: list[_Sentence], low: str) -> float:
@@ -125,36 +128,37 @@ def _product(facts: Mapping[str, Any], sound: list[_Sentence], low: str) -> floa
     known = {facts["product"], facts["other"]} if facts["problem"] == "wrong" else {facts["product"]}
     if named - known:
         return -1.0
-    return 1.5 * any(facts["product"] in _CLASS.findall(sentence.raw) for sentence in sound)
+    return 1.5 * any(facts["product"] in _CLASS.findall(sentence.low) for sentence in sound)
 
 
 def _remedy(facts: Mapping[str, Any], sentences: list[_Sentence]) -> float:
     """3 for offering the right remedy and no other, half for the wrong part or colour, -1 for another."""
-    spoken = {
-        remedy for remedy, (says, _) in _offers().items() if any(says.search(s.text) for s in sentences)
-    }
-    if spoken - {facts["remedy"]}:
+    says = frozenset().union(*(sentence.says for sentence in sentences))
+    if any(f"speaks of {remedy}" in says for remedy in REMEDIES if remedy != facts["remedy"]):
         return -1.0
-    offers = _offers()[facts["remedy"]][1]
-    made = [sentence.raw for sentence in sentences if sentence.sound and offers.search(sentence.text)]
-    detail = {"part": facts["part"], "colour": facts["wish"]}.get(facts["remedy"], "")
-    return 3.0 if any(not detail or detail in words(raw) for raw in made) else 1.5 * bool(made)
+    made = [s.low for s in sentences if s.sound and f"offers {facts['remedy']}" in s.says]
+    detail = {"part": facts["part"], "colour": facts["wish"]}.get(facts["remedy"])
+    return 3.0 if any(detail is None or detail in words(low) for low in made) else 1.5 * bool(made)
 
 
 def _ending(sentences: list[_Sentence]) -> float:
     """1 for a sign-off at the end, -1 for a text that breaks off."""
     if not sentences or not sentences[-1].ends:
         return -1.0
-    return float(sentences[-1].sound and bool(_SIGNOFF.search(sentences[-1].text)))
+    return float(sentences[-1].sound and "signoff" in sentences[-1].says)
 
 
-def _repeats(sentences: list[_Sentence], said: list[str]) -> float:
+def _repeats(sentences: list[_Sentence]) -> float:
     """1 for each kind of sentence that comes twice, 1 or 2 for repeated runs of four words; at most 4."""
-    kinds = (_GREETING, _THANKS, _SORRY, _GLAD, _SIGNOFF, *(offered for _, offered in _offers().values()))
-    twice = sum(sum(bool(kind.search(s.text)) for s in sentences) > 1 for kind in kinds)
-    runs = Counter(zip(said, said[1:], said[2:], said[3:], strict=False))
-    again = runs.total() - len(runs)
-    return float(min(twice + (again > 0) + (again > 4), 4))
+    kinds = Counter(kind for sentence in sentences for kind in sentence.says)
+    runs = [run for sentence in sentences for run in _runs(words(sentence.low))]
+    again = len(runs) - len(set(runs))
+    return float(min(sum(kinds[kind] > 1 for kind in _TWICE) + (again > 0) + (again > 4), 4))
+
+
+def _runs(said: list[str]) -> list[tuple[str, ...]]:
+    """Runs of four words of a sentence; a shorter sentence is one run."""
+    return [tuple(said[at : at + 4]) for at in range(max(len(said) - 3, 1))]
 
 
 def _length(count: int) -> float:
@@ -165,11 +169,14 @@ def _length(count: int) -> float:
 @lru_cache(maxsize=2**16)  # replies share most of their sentences
 def _sentence(raw: str) -> _Sentence:
     low = raw.lower()
-    text = _masked(low)
-    strange = sum(pair not in _pairs() for pair in _pairs_of(text))
-    strange += not raw[0].isupper()
+    masked = _masked(low)
+    strange = sum(pair not in _pairs() for pair in _pairs_of(masked))
     strange += sum(with_article(noun).split()[0] != article for article, noun in _ARTICLE.findall(low))
-    return _Sentence(low, text, strange, ends=raw[-1] in ".!?")
+    for at, word in enumerate(_TOKEN.findall(raw)):
+        capital = at == 0 or word.lower() in _CAPITALS
+        strange += word[0].isalpha() and word != (word.capitalize() if capital else word.lower())
+    says = frozenset(kind for kind, pattern in (_KINDS | _offers()).items() if pattern.search(masked))
+    return _Sentence(low, says, strange, ends=raw[-1] in ".!?")
 
 
 def _masked(low: str) -> str:
@@ -191,7 +198,7 @@ def _pairs() -> frozenset[tuple[str, str]]:
 
 
 @cache
-def _offers() -> dict[str, tuple[re.Pattern[str], re.Pattern[str]]]:
+def _offers() -> dict[str, re.Pattern[str]]:
     """For each remedy a pattern that finds it spoken of, and one that finds it offered, in masked text."""
     grammar, found = rules("replies"), {}
     slots = {"{item}": "PRODUCT", "{part}": "PART", "{wish}": "COLOUR", "{use}": r"\w+"}
@@ -200,5 +207,6 @@ def _offers() -> dict[str, tuple[re.Pattern[str], re.Pattern[str]]]:
         for slot, pattern in slots.items():
             acts = acts.replace(slot, pattern)
         subject = r"\b(?:i|we|our shop|our team) (?:will|can) (?:now |gladly |also )?"
-        found[remedy] = re.compile(rf"\b(?:{acts})\b"), re.compile(rf"{subject}(?:{acts})\b")
+        found[f"speaks of {remedy}"] = re.compile(rf"\b(?:{acts})\b")
+        found[f"offers {remedy}"] = re.compile(rf"{subject}(?:{acts})\b")
     return found

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 DAYS = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday")
 MONTHS = ("January", "February", "March", "April", "June", "July", "September", "October", "November")
-COLOURS = ("red", "blue", "green", "black", "white", "grey", "brown", "yellow", "orange", "purple")
+COLOURS = ("red", "blue", "green", "black", "white", "grey", "brown", "yellow", "pink", "purple")
 
 # Names that are also words (Rose, Mark, Will) are left out: a name must always be a name.
 NAMES: dict[str, dict[str, tuple[str, ...]]] = {
@@ -140,7 +140,7 @@ toy train: wheel, bell; assemble, use
 violin: string, peg; tune, store
 wardrobe: door, handle; assemble, clean
 water bottle: cap, straw; clean, open
-watering can: handle, nozzle; fill, store
+lantern: handle, hook; hang, clean
 """
 _SOFT = """
 apron: belt, strap; wash, dry
