@@ -111,6 +111,8 @@ def talk(conversation: Conversation, path: str) -> None:
                 print(f"\nassistant> {conversation.say(text)}")
             except UserError as error:
                 print(f"({error})")
+            except KeyboardInterrupt:
+                print("(interrupted)")
 
 
 if __name__ == "__main__":

@@ -114,7 +114,9 @@ def choose_prompts(config: Config, run: Run) -> tuple[list[Record], list[list[in
         )
     tokenizer, _ = load_tokenizer(config.policies["sft"])
     limit = getattr(AutoConfig.from_pretrained(config.policies["sft"]), "max_position_embeddings", None)
-    chosen, prompts, long = [], [], 0
+    chosen: list[Record] = []
+    prompts: list[list[int]] = []
+    long = 0
     for row in sorted(rows, key=lambda r: r.id):
         if len(chosen) == config.examples:
             break

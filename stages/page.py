@@ -86,7 +86,7 @@ def _guide(table: Table) -> Iterable[str]:
         yield f"{intervals}; for those, run several seeds."
     if table.measure == "gold":
         yield (
-            "**Gold** is the score by the rubric of this world, which no training stage sees. **Headroom closed** "
+            "**Gold** is the score by this world's rubric, which no training stage sees. **Headroom closed** "
             "is (policy - SFT) / (maximum - SFT). **Win rate** compares with SFT's reply to the same prompt "
             "by the rubric, ties half."
         )

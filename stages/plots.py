@@ -1,7 +1,7 @@
 """The report's two plots, in the colours of Okabe and Ito, which colour-blind readers can tell apart."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,7 @@ class Sampled(BaseModel):
     gold: float | None = None
 
 
-def training(rollouts: dict[int, Sequence[Sampled]], table: Table, path: Path) -> None:
+def training(rollouts: Mapping[int, Sequence[Sampled]], table: Table, path: Path) -> None:
     """Gold and reward-model score of PPO's samples over its steps: a panel each, a line for each seed."""
     plt = _pyplot()
     panels = [(GOLD, "gold", BLUE), (PROXY, "reward", RED)]
@@ -70,7 +70,7 @@ def training(rollouts: dict[int, Sequence[Sampled]], table: Table, path: Path) -
     _save(fig, path)
 
 
-def frontier(rollouts: dict[int, Sequence[Sampled]], table: Table, path: Path) -> None:
+def frontier(rollouts: Mapping[int, Sequence[Sampled]], table: Table, path: Path) -> None:
     """Score against KL to SFT: PPO's steps as points, the rows of the table as marks with both intervals."""
     plt = _pyplot()
     panels = [(GOLD, "gold"), (PROXY, "reward")] if table.measure == "gold" else [(PROXY, "reward")]
