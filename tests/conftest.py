@@ -3,6 +3,7 @@
 import gzip
 import json
 import os
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -56,6 +57,18 @@ def shared() -> Path:
     if not path.is_dir():
         pytest.skip(f"real data is not there: {path}")
     return path
+
+
+@pytest.fixture(scope="session")
+def smoke_runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of runs of one whole loop on configs/smoke.yaml, made once through the command line."""
+    runs = tmp_path_factory.mktemp("smoke")
+    command = [sys.executable, "-m", "stages.cli", "run", "configs/smoke.yaml"]
+    done = subprocess.run(
+        command, env=os.environ | {"PREFLOOP_RUNS": str(runs)}, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return runs
 
 
 @pytest.fixture
