@@ -7,27 +7,31 @@
       sft: {model: pretrain, data: prepare}
       sft-small: {stage: sft, model: pretrain, data: prepare}      # a second stage of kind `sft`
 
-A field marked `Reads` names another stage of the experiment, a path, or (for models) a hub id. Before a stage's
-`main` runs, the runner replaces it by the path of the artifact, so stages only ever see paths and hub ids.
+A field marked `Reads` names another stage of the experiment, a path, or (for models) a hub id. Before
+a stage's `main` runs, the runner replaces it by the path of the artifact, so stages only ever see paths and hub ids.
 """
 
-import dataclasses
 import importlib
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from types import ModuleType
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 STAGES = ("prepare", "pretrain", "sft", "sample", "collect", "rm", "dpo", "ppo", "evaluate", "report")
 
 
 class UserError(RuntimeError):
     """Something the user can mend. The message is one line: what is wrong, where, what to do."""
+
+
+class SettingsError(UserError):
+    """The experiment file or an override is wrong; nothing has been started."""
 
 
 @dataclass(frozen=True)
@@ -70,13 +74,250 @@ class StageConfig(BaseModel):
     gate: Annotated[Literal["stop", "warn"], NotInKey()] = "stop"
     """What a failed check of the result does: end the run, or mark it and everything built on it."""
 
+    @model_validator(mode="before")
+    @classmethod
+    def _one_is_a_list(cls, settings: Any) -> Any:
+        """`evaluations: evaluate` says one name; with several seeds it stands for several runs."""
+        if isinstance(settings, dict):
+            for name, reads in cls.inputs().items():
+                if reads.every_seed and isinstance(settings.get(name), str):
+                    settings = settings | {name: [settings[name]]}
+        return settings
+
+    @classmethod
+    def inputs(cls) -> dict[str, Reads]:
+        """The fields marked with `Reads`, at the top or inside a list, dict or union."""
+        marked = {name: _marks(field, Reads) for name, field in cls.model_fields.items()}
+        return {name: found[0] for name, found in marked.items() if found}
+
+    @classmethod
+    def blocks(cls) -> dict[str, KeysOf]:
+        """The fields whose content a library checks."""
+        marked = {name: _marks(field, KeysOf) for name, field in cls.model_fields.items()}
+        return {name: found[0] for name, found in marked.items() if found}
+
+    def references(self) -> Iterator[tuple[str, Reads, str]]:
+        """(dotted field, mark, value) of every input that is set: `policies.sft`, `texts.0`, `model`."""
+        for name, reads in self.inputs().items():
+            keywords = _literals(type(self).model_fields[name].annotation)
+            for path, value in _strings(name, getattr(self, name)):
+                if value not in keywords:
+                    yield path, reads, value
+
 
 @dataclass(frozen=True)
 class Experiment:
-    """A loaded and validated experiment file: the stages in file order, each name with its kind and settings."""
+    """A loaded and validated experiment file: the stages in file order, each with its kind and settings."""
 
     name: str
     seed: int
     path: Path
     stages: dict[str, StageConfig]
     kinds: dict[str, str]
+
+    def uses(self, stage: str) -> list[str]:
+        """The stages of this experiment that `stage` reads."""
+        found = [value for _, reads, value in self.stages[stage].references() if reads.artifact]
+        return [name for name in dict.fromkeys(found) if name in self.stages]
+
+
+def load(path: str | Path, overrides: Sequence[str] = ()) -> Experiment:
+    """Read an experiment file, apply `stage.field=value` overrides, validate every stage's settings.
+
+    Raises SettingsError with the file, the dotted field and, where there is one, the close match.
+    """
+    path = Path(path)
+    raw = _mapping(path, "", _read(path))
+    _known(path, "", raw, ("name", "seed", "stages"))
+    name, seed = raw.get("name"), raw.get("seed", 0)
+    if not isinstance(name, str) or not _NAME.fullmatch(name):
+        raise SettingsError(f"{path}: name: needs a word that can name a folder, such as quickstart")
+    if not isinstance(seed, int) or isinstance(seed, bool) or seed < 0:
+        raise SettingsError(f"{path}: seed: needs a whole number from 0 on, not {seed!r}")
+    settings = {
+        stage: dict(_mapping(path, f"stages.{stage}", value or {}))
+        for stage, value in _mapping(path, "stages", raw.get("stages")).items()
+    }
+    if not settings:
+        raise SettingsError(f"{path}: stages: the experiment has no stage")
+    changed = {_override(settings, text) for text in overrides}
+
+    experiment = Experiment(name, seed, path, {}, {})
+    for stage, values in settings.items():
+        kind = experiment.kinds[stage] = _kind(path, stage, values.pop("stage", stage))
+        experiment.stages[stage] = _validate(path, stage, module(kind).Config, values, changed)
+    _check_cycles(experiment)
+    return experiment
+
+
+def module(kind: str) -> ModuleType:
+    """The module of a kind of stage: its `VERSION`, `Config` and `main`."""
+    return importlib.import_module(f"stages.{kind}")
+
+
+def suggest(word: str, known: Iterable[str]) -> str:
+    """What to say after "unknown": the nearest known word, or all of them."""
+    known = list(known)
+    near = get_close_matches(word, known, n=1, cutoff=0.6)
+    return f"did you mean {near[0]}?" if near else f"there are: {', '.join(known)}"
+
+
+class _Loader(yaml.SafeLoader):
+    """SafeLoader that reads 1e-5 as a number (by YAML 1.1 it is a string) and refuses a key given twice."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[Any] = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node)  # type: ignore[no-untyped-call]
+            if key in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"{key} is there twice", key_node.start_mark
+                )
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+_EXPONENT = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+\Z")
+_Loader.add_implicit_resolver("tag:yaml.org,2002:float", _EXPONENT, list("+-.0123456789"))
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+
+
+def _parse(text: str, where: str) -> Any:
+    try:
+        return yaml.load(text, _Loader)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f", line {mark.line + 1}" if mark else ""
+        raise SettingsError(f"{where}{line}: {getattr(error, 'problem', None) or error}") from None
+
+
+def _read(path: Path) -> Any:
+    try:
+        return _parse(path.read_text(encoding="utf-8"), str(path))
+    except (FileNotFoundError, IsADirectoryError):
+        raise SettingsError(f"{path}: no such experiment file; configs/ has some to start from") from None
+    except UnicodeDecodeError:
+        raise SettingsError(f"{path}: not a text file") from None
+
+
+def _mapping(path: Path, field: str, value: Any) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        what = f"not {value!r}" if value is not None else "and is missing or empty"
+        raise SettingsError(f"{path}: {field or 'the file'}: must be a mapping of names to settings, {what}")
+    for key in value:
+        if not isinstance(key, str) or not _NAME.fullmatch(key):
+            raise SettingsError(f"{path}: {field}{'.' if field else ''}{key}: cannot be a name")
+    return value
+
+
+def _known(path: Path, field: str, given: Mapping[str, Any], known: Sequence[str]) -> None:
+    for key in given:
+        if key not in known:
+            raise SettingsError(f"{path}: {field}{key}: unknown setting; {suggest(key, known)}")
+
+
+def _override(settings: dict[str, dict[str, Any]], text: str) -> str:
+    """Apply one override in place; returns its dotted field."""
+    dotted, equals, value = text.partition("=")
+    stage, *parents = dotted.split(".")
+    if not equals or not parents or not all([stage, *parents]):
+        raise SettingsError(f"{text}: an override has the form stage.field=value (the seed: --seeds)")
+    if stage not in settings:
+        raise SettingsError(f"{text}: the experiment has no stage {stage}; {suggest(stage, settings)}")
+    node = settings[stage]
+    for parent in parents[:-1]:
+        if node.get(parent) is None:
+            node[parent] = {}
+        node = node[parent]
+        if not isinstance(node, dict):
+            raise SettingsError(f"{text}: {stage}.{parent} has no fields of its own")
+    node[parents[-1]] = _parse(value, text)
+    return dotted
+
+
+def _kind(path: Path, stage: str, kind: Any) -> str:
+    if kind in STAGES:
+        return str(kind)
+    own = "" if kind != stage else " (a stage with a name of its own says `stage: KIND`)"
+    raise SettingsError(f"{path}: stages.{stage}: unknown stage {kind}; {suggest(str(kind), STAGES)}{own}")
+
+
+def _validate(
+    path: Path, stage: str, config: type[StageConfig], values: dict[str, Any], changed: set[str]
+) -> StageConfig:
+    try:
+        return config.model_validate(values)
+    except ValidationError as error:
+        found = error.errors()
+        first = next((e for e in found if e["type"] == "extra_forbidden"), found[0])
+        loc = _own_part(first["loc"], values)
+        field = ".".join([stage, *map(str, loc)])
+        if first["type"] == "extra_forbidden":
+            problem = f"unknown setting; {suggest(str(loc[-1]), config.model_fields)}"
+        elif first["type"] == "missing":
+            problem = "is missing and has no default"
+        else:  # one message for each side of a union
+            reasons = dict.fromkeys(e["msg"] for e in found if _own_part(e["loc"], values) == loc)
+            problem = " or ".join(reason.removeprefix("Value error, ") for reason in reasons)
+            problem = problem.replace(" or Input should be", " or") + f", not {first['input']!r}" * bool(loc)
+        where = "command line" if any(f"{field}.".startswith(f"{c}.") for c in changed) else str(path)
+        raise SettingsError(f"{where}: {field}: {' '.join(problem.split())}") from None
+
+
+def _own_part(loc: Sequence[str | int], values: Any) -> tuple[str | int, ...]:
+    """`loc` without the names that pydantic gives to the sides of a union."""
+    own: list[str | int] = []
+    for part in loc:
+        if not isinstance(values, dict | list):
+            break
+        own.append(part)
+        try:
+            values = values[part]
+        except (KeyError, IndexError, TypeError):
+            if isinstance(values, list) or len(own) > 1:
+                own.pop()
+            break
+    return tuple(own)
+
+
+def _check_cycles(experiment: Experiment) -> None:
+    done: set[str] = set()
+
+    def visit(stage: str, chain: tuple[str, ...]) -> None:
+        if stage in chain:
+            circle = " -> ".join([*chain[chain.index(stage) :], stage])
+            raise SettingsError(f"{experiment.path}: stages read one another in a circle: {circle}")
+        if stage not in done:
+            for used in experiment.uses(stage):
+                visit(used, (*chain, stage))
+            done.add(stage)
+
+    for stage in experiment.stages:
+        visit(stage, ())
+
+
+def _marks(field: Any, kind: type[Any]) -> list[Any]:
+    """The marks of this kind on a field, or anywhere inside its type."""
+    if hasattr(field, "metadata"):
+        found = [mark for mark in field.metadata if isinstance(mark, kind)]
+        return found or _marks(field.annotation, kind)
+    found = [mark for mark in getattr(field, "__metadata__", ()) if isinstance(mark, kind)]
+    return found + [mark for inner in get_args(field) for mark in _marks(inner, kind)]
+
+
+def _literals(annotation: Any) -> set[Any]:
+    if getattr(annotation, "__origin__", None) is Literal:
+        return set(get_args(annotation))
+    return {value for inner in get_args(annotation) for value in _literals(inner)}
+
+
+def _strings(path: str, value: Any) -> Iterator[tuple[str, str]]:
+    if isinstance(value, str):
+        yield path, value
+    elif isinstance(value, list):
+        for index, inner in enumerate(value):
+            yield from _strings(f"{path}.{index}", inner)
+    elif isinstance(value, dict):
+        for key, inner in value.items():
+            yield from _strings(f"{path}.{key}", inner)
