@@ -1,0 +1,156 @@
+"""Collect: have the items judged, by people in the browser or by simulated annotators.
+
+    prefloop collect configs/quickstart.yaml
+    prefloop collect configs/quickstart.yaml collect.annotators=people collect.labels=300
+
+Reads    items              prompts with two replies each
+Writes   judgements.jsonl   every label that counts, sorted by task and annotator
+
+Both kinds of annotator write to the one label database (annotate/README.md), of which this stage takes a
+snapshot. People's labels belong to the texts they judged, so they survive changes of the stages before this.
+A simulated label is a function of (seed, annotator, task), never of order or time.
+"""
+
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
+
+from pydantic import Field, model_validator
+
+from annotate.records import Item, Judgement, Kind, write
+from stages.config import Items, NotInKey, StageConfig, UserError
+from stages.people import pairs, wait_for_people
+from stages.run import Run
+
+if TYPE_CHECKING:
+    from annotate.statistics import Estimate
+    from annotate.store import Current, Store
+
+VERSION = 1
+BATCH = 250
+"""Labels that a simulated annotator saves in one transaction."""
+
+
+class Config(StageConfig):
+    items: Items
+    annotators: Literal["simulated", "people"] = "simulated"
+    overlap: int = Field(default=1, ge=1)
+    """How many annotators judge each item."""
+    labels: int | None = Field(default=None, ge=1)
+    """People only: how many verdicts to wait for; None waits until every item has `overlap` labels."""
+    db: Annotated[str | None, NotInKey()] = None
+    """URL of the label database; None: labels.db in the folder of runs."""
+
+    @model_validator(mode="after")
+    def _labels_are_peoples(self) -> Self:
+        if self.labels is not None and self.annotators == "simulated":
+            raise ValueError("labels is for annotators=people; simulated ones label every item")
+        return self
+
+
+def main(config: Config, run: Run) -> None:
+    from annotate.store import Store
+
+    items = pairs(config.items)
+    store = Store(config.db)
+    kind: Kind = "simulated" if config.annotators == "simulated" else "person"
+    if kind == "simulated":
+        round_id = simulate(store, items, config.overlap, run)
+    else:
+        round_id = wait_for_people(store, items, config.overlap, config.labels, run)
+
+    labels = [label for label in store.labels(round_id) if label.task in items]
+    write(run.output("judgements.jsonl"), snapshot(items, labels, kind, run.stage))
+    run.record(kind=kind, **measures(labels))
+    run.gate("verdicts", any(label.preference is not None for label in labels), "every item was skipped")
+
+
+def simulate(store: "Store", items: Mapping[str, Item], overlap: int, run: Run) -> int:
+    """Fill a round of this run's own through the code path of people. Continues what a killed run left."""
+    from annotate.queue import Label
+    from stages.helpdesk.annotators import ANNOTATORS, judge
+
+    if overlap > len(ANNOTATORS):
+        raise UserError(f"{run.stage}.overlap={overlap}: there are {len(ANNOTATORS)} simulated annotators")
+    if not all(item.facts for item in items.values()):
+        raise UserError(f"simulated annotators know the helpdesk only: {run.stage}.annotators=people")
+    round_id = store.open_round(
+        f"{run.experiment}/{run.stage}/{run.path.name}",
+        list(items.values()),
+        kind="simulated",
+        overlap=overlap,
+        reserve=list(ANNOTATORS),
+        salt=str(run.seed),
+    )
+    progress = store.progress(round_id)
+    with run.progress("judging", total=progress.asked, unit="labels") as bar:
+        bar.advance(progress.done)
+        for name in ANNOTATORS:
+            annotator = store.annotator(name, "simulated")
+            _, views = store.step(round_id, annotator, want=BATCH)
+            while views:
+                verdicts = [judge(name, run.seed, v.task, items[v.task].facts, v.completions) for v in views]
+                labels = [
+                    Label(token=f"{view.key}-0", preference=verdict)
+                    for view, verdict in zip(views, verdicts, strict=True)
+                ]
+                _, views = store.step(round_id, annotator, labels, want=BATCH)
+                bar.advance(len(labels))
+    return round_id
+
+
+def snapshot(
+    items: Mapping[str, Item], labels: Sequence["Current"], kind: Kind, name: str
+) -> list[Judgement]:
+    """Rows sorted by task and annotator, without times: the same labels give the same bytes."""
+    return [
+        Judgement(
+            **items[label.task].model_dump(exclude={"policies"}),
+            annotator=label.annotator,
+            kind=kind,
+            round=name,
+            preference=label.preference,
+        )
+        for label in labels
+    ]
+
+
+def measures(labels: Sequence["Current"]) -> dict[str, Any]:
+    """What the manifest says of the labels: counts, agreement, leaning; intervals as _low and _high."""
+    from annotate.agreement import first_shown_wins, krippendorff_alpha, raw_agreement
+
+    tasks: dict[str, list[int]] = defaultdict(list)
+    for label in labels:
+        if label.preference is not None:
+            tasks[label.task].append(label.preference)
+    verdicts = [preference for ratings in tasks.values() for preference in ratings]
+    shown = [(label.task, label.preference, label.order) for label in labels if label.preference is not None]
+    found: dict[str, Any] = {
+        "labels": len(labels),
+        "verdicts": len(verdicts),
+        "skipped": len(labels) - len(verdicts),
+        "items_labelled": len(tasks),
+        "labels_by": dict(sorted(Counter(label.annotator for label in labels).items())),
+        "tie_rate": verdicts.count(0) / len(verdicts) if verdicts else 0.0,
+    }
+    for name, estimate in (
+        ("agreement", raw_agreement(tasks.values())),
+        ("krippendorff_alpha", krippendorff_alpha(tasks.values())),
+        ("first_shown_wins", first_shown_wins(shown)),
+    ):
+        found |= _with_interval(name, estimate)
+    return found
+
+
+def _with_interval(name: str, estimate: "Estimate | None") -> dict[str, float]:
+    """None where too few labels overlap; the ends only where there is an interval."""
+    if estimate is None:
+        return {}
+    ends = {f"{name}_low": estimate.low, f"{name}_high": estimate.high}
+    return {name: estimate.value} | {end: value for end, value in ends.items() if value == value}
+
+
+if __name__ == "__main__":
+    from stages.cli import launch
+
+    launch("collect")

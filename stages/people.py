@@ -1,0 +1,111 @@
+"""People as annotators: open their round, wait for their labels, serve them the page.
+
+    prefloop annotate configs/quickstart.yaml
+
+A round belongs to an experiment, stage and seed, not to a run, so people's work outlives every run.
+"""
+
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from annotate.records import Item, read
+from stages.config import Experiment, UserError, load
+from stages.run import Run, load_manifest, runs_root
+
+if TYPE_CHECKING:
+    from annotate.store import Store
+
+
+def annotate(
+    config_path: str, overrides: Sequence[str] = (), port: int = 7860, name: str | None = None
+) -> None:
+    """Serve the labelling page of an experiment's newest sampled items on 127.0.0.1 until interrupted.
+
+    The browser asks who is working unless `name` is given. UserError where there is nothing to label yet.
+    """
+    experiment = load(config_path, overrides)
+    stage = next((stage for stage, kind in experiment.kinds.items() if kind == "collect"), None)
+    if stage is None:
+        raise UserError(f"{config_path}: has no stage of kind collect, so there is nothing to label")
+    config: Any = experiment.stages[stage]
+    seed = experiment.seed if config.seed is None else config.seed
+    items = pairs(_newest_items(experiment, config.items, seed))
+
+    from annotate.app import serve
+    from annotate.store import Store
+
+    store = Store(config.db)
+    round_id = open_round(store, items, experiment.name, stage, seed, config.overlap)
+    serve(store, round_id, experiment.name, name, port)
+
+
+def pairs(path: str | Path) -> dict[str, Item]:
+    """The items by task. UserError unless each has two replies, which is what the scale compares."""
+    items = {item.task: item for item in read(path, Item)}
+    if not items:
+        raise UserError(f"{path}: no items to judge; did all sampled replies come out the same?")
+    for item in items.values():
+        if len(item.completions) != 2:
+            found = len(item.completions)
+            raise UserError(f"{path}: item {item.id} has {found} replies; sample with completions=2")
+    return items
+
+
+def open_round(
+    store: "Store", items: Mapping[str, Item], experiment: str, stage: str, seed: int, overlap: int
+) -> int:
+    name = f"{experiment}/{stage}/people-{seed}"
+    return store.open_round(name, list(items.values()), overlap=overlap, salt=str(seed))
+
+
+def wait_for_people(
+    store: "Store", items: Mapping[str, Item], overlap: int, wanted: int | None, run: Run
+) -> int:
+    """Open people's round and return its id when `wanted` verdicts are there (None: every slot is labelled).
+
+    Leave with Ctrl-C and come back at any time; whoever labels in between is counted.
+    """
+    round_id = open_round(store, items, run.experiment, run.stage, run.seed, overlap)
+    have, missing = count(store, round_id, items, wanted)
+    if missing:
+        run.say(f"{missing} labels missing: open the page with `prefloop annotate CONFIG` or `make annotate`")
+        run.say("Ctrl-C leaves; every label is kept, and the same command waits for the rest")
+    with run.progress("labels by people", total=have + missing, unit="labels") as bar:
+        bar.advance(have, missing=missing)
+        while missing:
+            time.sleep(1)
+            before = have
+            have, missing = count(store, round_id, items, wanted)
+            if have != before:
+                bar.advance(have - before, missing=missing)
+    return round_id
+
+
+def count(store: "Store", round_id: int, items: Mapping[str, Item], wanted: int | None) -> tuple[int, int]:
+    """(labels that are there, labels still missing). No more can be missing than there are open slots."""
+    progress = store.progress(round_id)
+    open_slots = progress.asked - progress.done
+    if wanted is None:
+        return progress.done, open_slots
+    verdicts = sum(label.task in items and label.preference is not None for label in store.labels(round_id))
+    return verdicts, min(max(0, wanted - verdicts), open_slots)
+
+
+def _newest_items(experiment: Experiment, ref: str, seed: int) -> Path:
+    """items.jsonl of the newest complete run of stage `ref`; or the file or run folder that `ref` is."""
+    if ref not in experiment.stages:
+        return Path(ref) / "items.jsonl" if Path(ref).is_dir() else Path(ref)
+    folder = runs_root() / experiment.name / ref
+    runs = {path.parent: load_manifest(path.parent) for path in folder.glob("*/manifest.json")}
+    ready = {
+        path: run.finished
+        for path, run in runs.items()
+        if run.status == "complete" and run.seed == seed and run.finished is not None
+    }
+    if not ready:
+        raise UserError(
+            f"{experiment.path}: nothing to label yet: first `prefloop run {experiment.path} --only {ref}`"
+        )
+    return max(ready, key=lambda path: ready[path]) / "items.jsonl"
