@@ -73,7 +73,7 @@ def policy_path(run: str) -> str:
     """The model folder of a run, or what was given if it is one already. UserError where there is none."""
     folder = Path(run)
     if (folder / "manifest.json").exists():
-        from stages.run import load_manifest
+        from stages.manifest import load_manifest
 
         status = load_manifest(folder).status
         if status != "complete":

@@ -57,6 +57,7 @@ def main(config: Config, run: Run) -> None:
     world = World() if config.gold == "helpdesk" else None
     check_families(config)
     records, prompts = choose_prompts(config, run)
+    check_reward_model(config, run, world)
 
     replies = sample_all(config, run, records, prompts)
     flat = [reply for of_policy in replies.values() for group in of_policy for reply in group]
@@ -72,7 +73,6 @@ def main(config: Config, run: Run) -> None:
     rows = [row for policy in table for row in evaluations(policy, table, world)]
     write(run.output("records.jsonl"), rows)
     write_training(config, run, world)
-    check_reward_model(config, run, world)
     summarise(config, run, rows, world)
 
 

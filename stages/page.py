@@ -101,6 +101,15 @@ def _guide(table: Table) -> Iterable[str]:
         "best-of-n's upper bound ln n - (n-1)/n. **Base-model loss** is that of the untuned model on "
         "the bare reply."
     )
+    if table.reward_agreement:
+        agreed = ", ".join(
+            f"{n.value:.2f}" + (f" [{n.low:.2f}, {n.high:.2f}]" if n.low is not None else "")
+            for n in table.reward_agreement
+        )
+        yield (
+            f"**The reward model** prefers what the rubric prefers in {agreed} of held-out pairs "
+            "whose rubric scores differ."
+        )
     effects = [line.detectable for line in table.lines if line.detectable is not None]
     if effects:
         yield (
@@ -156,11 +165,18 @@ def _lineage(table: Table) -> Iterable[str]:
     runs = sorted({run for line in table.lines for run in line.runs})
     if runs:
         yield markdown(
-            ["Run", "Seed", "Commit", "Failed checks"], [[run, *_facts(table, run)] for run in runs]
+            ["Run", "Seed", "Commit", "Learned from", "Failed checks"],
+            [[run, *_facts(table, run)] for run in runs],
         ).replace("---: |", "--- |")
 
 
 def _facts(table: Table, run: str) -> list[str]:
     facts = table.runs[run]
     commit = (facts.commit or "unknown")[:12] + (" with uncommitted changes" if facts.dirty else "")
-    return ["-" if facts.seed is None else str(facts.seed), commit, "; ".join(facts.failed) or "-"]
+    judged = ", ".join(f"{count:,} judgements ({kind})" for kind, count in sorted(facts.judgements.items()))
+    return [
+        "-" if facts.seed is None else str(facts.seed),
+        commit,
+        judged or "-",
+        "; ".join(facts.failed) or "-",
+    ]

@@ -43,11 +43,12 @@ def main(config: Config, run: "Run") -> None:
     from stages.page import render
     from stages.tabulate import compute
 
-    sources = lineage.evaluations(run, config.evaluations)
-    rows = collect(config.evaluations, [source.seed for source in sources])
-    table = compute(rows, run.experiment, lineage.command(run), sources[0].maximum)
-    lineage.fill(table, sources)
-    rollouts = dict(zip(table.seeds, [read(path, plots.Sampled) for path in config.training], strict=False))
+    sources = lineage.sources(config.evaluations)
+    seeds = [source.seed for source in sources]
+    rows = collect(config.evaluations, seeds)
+    table = compute(rows, run.experiment, run.manifest.command, sources[0].known("gold_maximum"))
+    lineage.trace(table, sources)
+    rollouts = {seed: read(path, plots.Sampled) for seed, path in zip(seeds, config.training, strict=False)}
 
     write(run.output("records.jsonl.gz"), rows)
     run.output("table.csv").write_text(to_csv(table), encoding="utf-8")
@@ -111,7 +112,7 @@ def show(path: str | Path) -> None:
 
 def publish(path: str | Path, experiment: str, results: Path = RESULTS) -> Path:
     """Copy a complete report to results/<experiment>/, in place of the one before, and index it."""
-    from stages.run import load_manifest
+    from stages.manifest import load_manifest
 
     path = Path(path)
     status = load_manifest(path).status

@@ -33,7 +33,9 @@ class RunFacts(BaseModel):
     dirty: bool | None = None
     seed: int | None = None
     failed: list[str] = []
-    """Gates that this run did not pass."""
+    """Gates that this run did not pass, and why."""
+    judgements: dict[str, int] = {}
+    """What it learned from, by kind of annotator."""
 
 
 class Line(BaseModel):
@@ -65,6 +67,8 @@ class Table(BaseModel):
     """The rubric's best score."""
     lines: list[Line]
     runs: dict[str, RunFacts] = {}
+    reward_agreement: list[Number] = []
+    """By seed: how often the reward model prefers what the rubric prefers, on held-out pairs that differ."""
 
     def failed(self, line: Line) -> list[str]:
         """Gates that any run behind this line did not pass."""

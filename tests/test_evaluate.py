@@ -1,23 +1,21 @@
 """Evaluation: what is measured on a reply, on tiny models built here."""
 
-
 import pytest
 import torch
 
 from annotate.records import Evaluation, Item, Message, Record, prompt_id, read, write
-from stages import measures
+from stages import evaluate, measures
 from stages.config import UserError
+from stages.manifest import Manifest
+from stages.run import Run
 
 THINGS = ("kettle", "lamp", "pan")
-TEXTS = [f"Dear Ann, we are sorry about the {thing}. We will send a new one." for thing in THINGS]
-    f"Dear Ann, we are sorry about the {thing}. We will send a new one."
-    for thing in ("kettle", "lamp", "pan")
-]
+TEXTS = [f"Dear Ann, sorry about the {thing}. We will send a new one." for thing in THINGS]
 
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
-    """Folders of a base model, two policies and a reward model that share a tokenizer, and one with another."""
+    """Folders of base, two policies and a reward model with one tokenizer, and of a stranger with another."""
     from reward.model import new_reward_model, save
     from stages import pretrain
 
@@ -25,7 +23,7 @@ def models(tmp_path_factory):
     for seed, name in enumerate(["base", "sft", "ppo", "stranger"]):
         torch.manual_seed(seed)
         tokenizer = pretrain.train_tokenizer(TEXTS * 3 if name != "stranger" else ["xyz zyx"], 300)
-        config = pretrain.Config(corpus="none", hidden=16, layers=2, heads=2, positions=96)
+        config = pretrain.Config(corpus="none", hidden=16, layers=2, heads=2, positions=512)
         save(pretrain.new_model(config, tokenizer), tokenizer, folder / name)
     save(*new_reward_model(folder / "sft"), folder / "rm")
     return folder
@@ -119,10 +117,8 @@ def test_items_are_scored_reply_by_reply(models):
     prompt = [Message(role="user", content="Hi.")]
     item = Item(id="a", split="test", use="preference", prompt=prompt, completions=TEXTS[:2])
     turned = item.model_copy(update={"completions": TEXTS[1::-1]})
-    (first,), (second,) = (
-        measures.score_items(str(models / "rm"), [item]),
-        measures.score_items(str(models / "rm"), [turned]),
-    )
+    (first,) = measures.score_items(str(models / "rm"), [item])
+    (second,) = measures.score_items(str(models / "rm"), [turned])
     assert len(first) == 2 and second == pytest.approx(first[::-1], abs=1e-4)
 
 
@@ -149,3 +145,150 @@ def test_repetition_is_the_share_of_4_grams_seen_before(text, share):
 def test_win_counts_ties_half():
     assert [measures.win(a, 1.0) for a in (2.0, 1.0, 0.0)] == [1, 0.5, 0]
     assert measures.win(None, 1.0) is None
+
+
+@pytest.fixture(scope="module")
+def helpdesk(tmp_path_factory):
+    """Folder with records, items and rollouts of twelve tickets of the helpdesk."""
+    from stages.helpdesk import world
+    from stages.ppo_trainer import Rollout
+
+    folder = tmp_path_factory.mktemp("helpdesk")
+    tickets = world.tickets(0, 12)
+    asked = [
+        Record(id=prompt_id(t.prompt), split="test", use="policy", prompt=t.prompt, facts=t.facts)
+        for t in tickets
+    ]
+    write(folder / "records.jsonl", [*asked, *records(3, split="train")])
+    items = []
+    for record, ticket in zip(asked, tickets, strict=True):
+        pair = [world.demonstration(ticket, seed) for seed in (0, 1)]
+        row = record.model_dump(exclude={"completion", "use"})
+        items.append(Item(**row, use="preference", completions=pair))
+    write(folder / "items.jsonl", items)
+    replies = [world.demonstration(t, 0) for t in tickets]
+    write(
+        folder / "rollouts.jsonl",
+        [
+            Rollout(step=1, id=r.id, completion=text, reward=0.5, kl=0.1, length=9, stopped=True)
+            for r, text in zip(asked, replies, strict=True)
+        ],
+    )
+    return folder
+
+
+def execute(config, folder, seed=0):
+    """The stage in a run of its own; returns the run."""
+    run = Run(folder, Manifest(experiment="test", stage="evaluate", kind="evaluate", seed=seed), gate="stop")
+    with run.recorded():
+        evaluate.main(config, run)
+    return run
+
+
+def settings(models, helpdesk, **changes):
+    policies = {name: str(models / name) for name in ("base", "sft", "ppo")}
+    inputs = {name: str(helpdesk / f"{name}.jsonl") for name in ("rollouts", "items")}
+    inputs |= {"prompts": str(helpdesk / "records.jsonl"), "reward": str(models / "rm"), "policies": policies}
+    chosen = {"gold": "helpdesk", "examples": 10, "best_of": 3, "max_new_tokens": 8}
+    return evaluate.Config(**inputs | chosen | changes)
+
+
+@pytest.fixture(scope="module")
+def evaluated(models, helpdesk, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs") / "evaluate"
+    run = execute(settings(models, helpdesk), folder)
+    return run, read(folder / "records.jsonl", Evaluation)
+
+
+def test_every_policy_answers_the_same_prompts_once(evaluated):
+    _, rows = evaluated
+    by_policy = {}
+    for row in rows:
+        by_policy.setdefault(row.policy, []).append(row)
+    assert list(by_policy) == ["base", "sft", "best-of-3 (rm)", "best-of-3 (rubric)", "ppo"]
+    ids = [row.id for row in by_policy["sft"]]
+    assert ids == sorted(ids) and len(ids) == 10
+    assert all([row.id for row in of_policy] == ids for of_policy in by_policy.values())
+
+
+def test_rows_hold_what_was_measured(evaluated):
+    from stages.helpdesk import rubric
+
+    _, rows = evaluated
+    sft = {row.id: row for row in rows if row.policy == "sft"}
+    for row in rows:
+        assert row.gold == rubric.score(row.facts, row.completion).total
+        assert row.win == measures.win(row.gold, sft[row.id].gold)
+        assert row.split == "test" and row.facts
+        assert 1 <= row.length <= 8 and row.reward is not None and row.lexicon is not None
+        assert (row.kl is None) == row.policy.startswith("best-of-")
+    assert all(row.kl == 0 for row in sft.values())
+    assert any(row.kl for row in rows if row.policy == "ppo")
+
+
+def test_best_of_n_is_the_best_of_what_sft_said(evaluated):
+    _, rows = evaluated
+    sft, best, ceiling = (
+        {row.id: row for row in rows if row.policy == policy}
+        for policy in ("sft", "best-of-3 (rm)", "best-of-3 (rubric)")
+    )
+    assert all(best[id].reward >= sft[id].reward and ceiling[id].gold >= sft[id].gold for id in sft)
+    assert any(best[id].reward > sft[id].reward for id in sft)
+
+
+def test_rollouts_get_their_true_score(evaluated, helpdesk):
+    from stages.helpdesk import rubric
+    from stages.ppo_trainer import Rollout
+
+    run, _ = evaluated
+    facts = {row.id: row.facts for row in read(helpdesk / "records.jsonl", Record)}
+    scored = read(run.path / "training.jsonl", Rollout)
+    assert [row.gold for row in scored] == [rubric.score(facts[r.id], r.completion).total for r in scored]
+
+
+def test_manifest_holds_what_the_report_needs(evaluated):
+    run, rows = evaluated
+    facts, metrics = run.manifest.facts, run.manifest.metrics
+    assert facts["made_from"]["best-of-3 (rm)"] == ["policies.sft", "reward"]
+    assert metrics["gold_maximum"] == 10
+    golds = [row.gold for row in rows if row.policy == "ppo"]
+    assert metrics["gold/ppo"] == pytest.approx(sum(golds) / len(golds))
+    assert 0 <= facts["reward_agreement"]["value"] <= 1 and facts["reward_agreement"]["pairs"] >= 2
+
+
+def test_same_seed_same_bytes_and_another_seed_other_replies(models, helpdesk, evaluated, tmp_path):
+    run, _ = evaluated
+    config = settings(models, helpdesk)
+    again, other = execute(config, tmp_path / "again"), execute(config, tmp_path / "other", seed=1)
+    first, second, third = ((r.path / "records.jsonl").read_bytes() for r in (run, again, other))
+    assert first == second != third
+
+
+def test_without_gold_only_the_proxy_is_measured(models, helpdesk, tmp_path):
+    config = settings(models, helpdesk, gold="none", rollouts=None, examples=4)
+    run = execute(config, tmp_path / "run")
+    rows = read(run.path / "records.jsonl", Evaluation)
+    assert {row.policy for row in rows} == {"base", "sft", "best-of-3 (rm)", "ppo"}
+    assert all(row.gold is None and row.win is None and row.lexicon is None for row in rows)
+    assert (run.path / "training.jsonl").read_text() == ""
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"max_new_tokens": 500}, "12 of 12 test prompts leave no room for max_new_tokens=500"),
+        ({"reward": "stranger"}, r"evaluate\.reward: .* has another vocabulary"),
+        ({"reward": "sft"}, "not a reward model"),
+    ],
+)
+def test_bad_input_ends_in_one_line(models, helpdesk, tmp_path, changes, message):
+    if "reward" in changes:
+        changes = {"reward": str(models / changes["reward"])}
+    with pytest.raises((UserError, ValueError), match=message) as caught:
+        execute(settings(models, helpdesk, **changes), tmp_path / "run")
+    assert "\n" not in str(caught.value)
+
+
+def test_sft_must_be_among_the_policies():
+    with pytest.raises(ValueError, match="one policy must be named sft"):
+        evaluate.Config(policies={"ppo": "x"}, prompts="y")

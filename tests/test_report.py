@@ -8,11 +8,16 @@ import math
 import random
 import re
 import statistics
+import subprocess
+import sys
 
 import pytest
 
-from annotate.records import DataError, Message, prompt_id, write
-from stages import page, plots
+from annotate.records import DataError, Evaluation, Judgement, Message, prompt_id, write
+from stages import page, plots, report
+from stages.config import UserError
+from stages.manifest import Input, Manifest, load_manifest
+from stages.run import Run
 from stages.table import HEALTH, QUALITY, Number, RunFacts, grid, to_csv
 from stages.tabulate import Scored, compute
 
@@ -238,3 +243,157 @@ def test_plots_are_drawn_and_are_the_same_bytes(tmp_path):
         first = (tmp_path / f"a-{kind}.png").read_bytes()
         assert first.startswith(b"\x89PNG") and len(first) > 10_000
         assert first == (tmp_path / f"b-{kind}.png").read_bytes()
+
+
+def made(runs, stage, seed, inputs=None, gate=True, **recorded):
+    """The folder of a complete run of `stage` whose inputs are (folder, artifact) of other such runs."""
+    folder = runs / "quickstart" / stage / f"{stage}{seed}"
+    manifest = Manifest(experiment="quickstart", stage=stage, kind=stage, seed=seed)
+    for field, (source, artifact) in (inputs or {}).items():
+        manifest.inputs[field] = Input(
+            ref=source.parent.name, path=str(source / artifact), digest="d", run=str(source)
+        )
+    run = Run(folder, manifest, gate="warn")
+    with run.recorded():
+        run.record(**recorded)
+        run.gate("accuracy above chance", gate, "0.51 of 200 pairs")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """Runs of two seeds up to evaluate: the reward model of seed 1 failed its check."""
+    runs = tmp_path_factory.mktemp("runs")
+    evaluations = []
+    for seed in (0, 1):
+        collect = made(runs, "collect", seed)
+        prompt = [Message(role="user", content="Hi.")]
+        told = {"id": "a", "split": "train", "use": "preference", "prompt": prompt, "completions": ["x", "y"]}
+        verdicts = [
+            Judgement(**told, annotator=str(i), kind="person", round="r", preference=1) for i in range(3)
+        ]
+        write(collect / "judgements.jsonl", verdicts)
+        sft = made(runs, "sft", seed)
+        judged = {"judgements": (collect, "judgements.jsonl"), "policy": (sft, "model")}
+        rm, dpo = made(runs, "rm", seed, judged, gate=seed == 0), made(runs, "dpo", seed, judged)
+        ppo = made(runs, "ppo", seed, {"policy": (sft, "model"), "reward": (rm, "model")})
+        folders = {"sft": sft, "dpo": dpo, "ppo": ppo, "base": made(runs, "pretrain", seed)}
+        inputs = {f"policies.{name}": (folder, "model") for name, folder in folders.items()}
+        made_from = {name: [f"policies.{name}"] for name in folders}
+        folder = made(
+            runs,
+            "evaluate",
+            seed,
+            inputs | {"reward": (rm, "model")},
+            made_from=made_from | {"best-of-8 (rm)": ["policies.sft", "reward"]},
+            gold_maximum=5.0,
+            reward_agreement={"value": 0.9, "low": 0.86, "high": 0.93, "pairs": 250},
+        )
+        plain = [Evaluation(**row.model_dump(exclude={"seed"})) for row in rows(seeds=(seed,))]
+        write(folder / "records.jsonl", plain)
+        write(folder / "training.jsonl", rollouts()[0])
+        evaluations.append(folder)
+    return evaluations
+
+
+def make(folder, evaluations, training=True):
+    config = report.Config(
+        evaluations=[str(e / "records.jsonl") for e in evaluations],
+        training=[str(e / "training.jsonl") for e in evaluations] if training else [],
+    )
+    command = "prefloop run configs/quickstart.yaml --seeds 0,1"
+    run = Run(folder, Manifest(experiment="quickstart", stage="report", kind="report", command=command))
+    with run.recorded():
+        report.main(config, run)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def reported(world, tmp_path_factory):
+    return make(tmp_path_factory.mktemp("report") / "run", world)
+
+
+def test_report_writes_all_it_announces(reported):
+    names = {path.name for path in reported.iterdir() if not path.name.startswith(".")}
+    assert names == {"manifest.json", "training.png", "frontier.png", *report.FILES}
+    manifest = load_manifest(reported)
+    assert manifest.status == "complete" and set(manifest.outputs) == names - {"manifest.json"}
+    assert 0 < manifest.metrics["headroom/ppo"] < 1
+
+
+def test_lineage_of_every_row(reported):
+    found = report.load(reported)
+    runs = {one.policy: one.runs for one in found.lines}
+    assert runs["ppo"][:4] == [
+        "quickstart/ppo/ppo0",
+        "quickstart/sft/sft0",
+        "quickstart/rm/rm0",
+        "quickstart/collect/collect0",
+    ]
+    assert "quickstart/rm/rm1" in runs["best-of-8 (rm)"] and "quickstart/ppo/ppo1" in runs["ppo"]
+    assert runs["sft"] == ["quickstart/sft/sft0", "quickstart/sft/sft1"]
+    labels = {one.policy: one.labels for one in found.lines}
+    assert labels == {"base": "", "sft": "", "best-of-8 (rm)": "people", "dpo": "people", "ppo": "people"}
+    assert found.runs["quickstart/rm/rm0"].judgements == {"person": 3}
+    assert found.failed(line(found, "ppo")) == ["accuracy above chance (0.51 of 200 pairs)"]
+    assert found.failed(line(found, "dpo")) == []
+
+
+def test_page_says_who_judged_and_how_it_was_made(reported):
+    text = (reported / "README.md").read_text()
+    assert "Judgements behind the trained rows: people." in text
+    assert "prefloop run configs/quickstart.yaml --seeds 0,1" in text
+    assert "0.90 [0.86, 0.93]" in text and "3 judgements (person)" in text
+    assert str(reported.parent) not in text
+
+
+def test_csv_depends_on_nothing_but_the_rows(reported, world, tmp_path):
+    again = make(tmp_path / "elsewhere", world)
+    text = (reported / "table.csv").read_text()
+    assert text == (again / "table.csv").read_text()
+    assert str(tmp_path) not in text and "ppo0" not in text and not re.search(r"20\d\d-\d\d", text)
+    assert (reported / "records.jsonl.gz").read_bytes() == (again / "records.jsonl.gz").read_bytes()
+
+
+def test_report_without_ppo_and_from_a_plain_file(world, tmp_path):
+    write(
+        tmp_path / "records.jsonl", [Evaluation(**r.model_dump(exclude={"seed"})) for r in rows(seeds=(0,))]
+    )
+    folder = make(tmp_path / "run", [tmp_path], training=False)
+    assert not (folder / "training.png").exists()
+    assert "unknown" in (folder / "README.md").read_text()
+
+
+def test_show_prints_the_table_fast_and_plainly(reported):
+    code = (
+        "import sys; from stages.report import show; show(sys.argv[1]);"
+        "heavy = {'torch', 'pandas', 'matplotlib', 'numpy', 'scipy'} & set(sys.modules); assert not heavy, heavy"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(reported)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "ppo †" in done.stdout and "Headroom" in done.stdout and "README.md" in done.stdout
+    assert "\x1b" not in done.stdout and max(map(len, done.stdout.splitlines())) <= 130
+
+
+def test_publish_copies_and_indexes(reported, tmp_path):
+    results = tmp_path / "results"
+    results.mkdir()
+    (results / "README.md").write_text("# Results\n\nWords of ours.\n")
+    for _ in range(2):  # the second replaces the first
+        folder = report.publish(reported, "quickstart", results)
+    assert {p.name for p in folder.iterdir()} == {"training.png", "frontier.png", *report.FILES}
+    index = (results / "README.md").read_text()
+    assert index.startswith("# Results\n\nWords of ours.\n")
+    assert index.count("[quickstart](quickstart/README.md): Share of the headroom") == 1
+    assert {p.name for p in results.iterdir()} == {"README.md", "quickstart"}
+
+
+def test_publish_refuses_what_is_not_complete(reported, tmp_path):
+    manifest = load_manifest(reported)
+    manifest.status = "failed"
+    manifest.save(tmp_path / "run")
+    with pytest.raises(UserError, match="is failed, and only a complete report can be published"):
+        report.publish(tmp_path / "run", "quickstart", tmp_path / "results")
+    assert not (tmp_path / "results").exists()
+    with pytest.raises(UserError, match="not a run folder"):
+        report.publish(tmp_path, "quickstart", tmp_path / "results")
