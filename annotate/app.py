@@ -3,8 +3,8 @@
     store = Store()
     serve(store, store.open_round("mine", items), "My round", port=7860)
 
-The page is one `gr.HTML` component (page/stage.html, .css, .js) with two server functions, hello and step. The
-functions get the annotator from the gate, check every label, and answer after COMMIT. Nothing they answer names a model.
+The page is one `gr.HTML` component (page/stage.html, .css, .js) with two server functions. Both
+take the annotator from the gate; step checks every label and answers after COMMIT. No answer names a model.
 """
 
 import os
