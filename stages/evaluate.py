@@ -53,7 +53,6 @@ class Config(StageConfig):
 
 
 def main(config: Config, run: Run) -> None:
-    sft = config.policies["sft"]
     world = World() if config.gold == "helpdesk" else None
     check_families(config)
     records, prompts = choose_prompts(config, run)
@@ -61,15 +60,16 @@ def main(config: Config, run: Run) -> None:
 
     replies = sample_all(config, run, records, prompts)
     flat = [reply for of_policy in replies.values() for group in of_policy for reply in group]
-    measures.measure_kl(sft, flat)
-    if "base" in config.policies:
-        measures.measure_base_loss(config.policies["base"], flat)
     if config.reward is not None:
         measures.measure_reward(config.reward, flat)
     for reply in flat:
         reply.gold = world.score(reply.record.facts, reply.text) if world else None
 
     table = choose_best(config, replies)
+    away = [reply for policy in config.policies if policy != "sft" for reply in table[policy]]
+    measures.measure_kl(config.policies["sft"], away)
+    if "base" in config.policies:
+        measures.measure_base_loss(config.policies["base"], [r for kept in table.values() for r in kept])
     rows = [row for policy in table for row in evaluations(policy, table, world)]
     write(run.output("records.jsonl"), rows)
     write_training(config, run, world)
