@@ -52,6 +52,7 @@ def serve(store: Store, round_id: int, title: str, name: str | None = None, port
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             listener.bind(("127.0.0.1", port))
+            listener.listen()  # whoever follows the printed address now is served as soon as all is loaded
         except OSError as error:
             raise DataError(f"port {port}: {error.strerror}; choose another with --port") from None
         app = application(store, round_id, title, name)

@@ -105,7 +105,7 @@ def _refusal(scope: Scope, headers: Headers) -> Response | None:
         return PlainTextResponse("too large", 413)
     if (method, path) in OWN:
         return None
-    page = method == "GET" and (path in PAGE or path.startswith(ASSETS))
+    page = method == "GET" and (path in PAGE or path.startswith(ASSETS) and ".." not in path)
     call = method == "POST" and path.rstrip("/") == CALL
     if not page and not call:
         return PlainTextResponse("no such page", 404)
