@@ -55,7 +55,9 @@ def main(config: Config, run: "Run") -> None:
     run.output("table.json").write_text(table.model_dump_json(indent=2) + "\n", encoding="utf-8")
     pictures = draw_plots(run, rollouts, table)
     run.output("README.md").write_text(render(table, rows, pictures), encoding="utf-8")
-    run.record(**{f"{m}/{line.policy}": n.value for line in table.lines for m, n in line.metrics.items()})
+    run.record(
+        **{f"{m}/{line.policy}": n.value for line in reversed(table.lines) for m, n in line.metrics.items()}
+    )
 
 
 def collect(paths: Sequence[str], seeds: Sequence[int]) -> "list[Scored]":
@@ -104,7 +106,7 @@ def show(path: str | Path) -> None:
             shown.add_row(*cells)
         console.print(shown)
     for note in marks(table):
-        console.print(note)
+        console.print(note, soft_wrap=True)
     console.print(
         f"[95 % intervals], clustered by prompt. Page, plots and samples: {Path(path) / 'README.md'}"
     )
