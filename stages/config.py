@@ -7,31 +7,26 @@
       sft: {model: pretrain, data: prepare}
       sft-small: {stage: sft, model: pretrain, data: prepare}      # a second stage of kind `sft`
 
-A field marked `Reads` names another stage of the experiment, a path, or (for models) a hub id. Before
-a stage's `main` runs, the runner replaces it by the path of the artifact, so stages only ever see paths and hub ids.
+A field marked `Reads` names another stage of the experiment, a path, or (for models) a hub id. Before a
+stage's `main` runs, the runner replaces it by the path of the artifact: stages only see paths and hub ids.
 """
 
 import importlib
-import re
+import shlex
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from difflib import get_close_matches
 from pathlib import Path
 from types import ModuleType
 from typing import Annotated, Any, Literal, get_args
 
-import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
+from stages.errors import SettingsError, suggest
+from stages.errors import UserError as UserError  # stages take it from here
+from stages.libraries import check_block
+from stages.yamlfile import NAME, mapping, only_known, override, read
+
 STAGES = ("prepare", "pretrain", "sft", "sample", "collect", "rm", "dpo", "ppo", "evaluate", "report")
-
-
-class UserError(RuntimeError):
-    """Something the user can mend. The message is one line: what is wrong, where, what to do."""
-
-
-class SettingsError(UserError):
-    """The experiment file or an override is wrong; nothing has been started."""
 
 
 @dataclass(frozen=True)
@@ -114,6 +109,12 @@ class Experiment:
     path: Path
     stages: dict[str, StageConfig]
     kinds: dict[str, str]
+    overrides: Sequence[str] = ()
+
+    @property
+    def command(self) -> str:
+        """What the user types to run it."""
+        return shlex.join(["prefloop", "run", str(self.path), *self.overrides])
 
     def uses(self, stage: str) -> list[str]:
         """The stages of this experiment that `stage` reads."""
@@ -127,22 +128,22 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Experiment:
     Raises SettingsError with the file, the dotted field and, where there is one, the close match.
     """
     path = Path(path)
-    raw = _mapping(path, "", _read(path))
-    _known(path, "", raw, ("name", "seed", "stages"))
+    raw = mapping(path, "", read(path))
+    only_known(path, "", raw, ("name", "seed", "stages"))
     name, seed = raw.get("name"), raw.get("seed", 0)
-    if not isinstance(name, str) or not _NAME.fullmatch(name):
+    if not isinstance(name, str) or not NAME.fullmatch(name):
         raise SettingsError(f"{path}: name: needs a word that can name a folder, such as quickstart")
     if not isinstance(seed, int) or isinstance(seed, bool) or seed < 0:
         raise SettingsError(f"{path}: seed: needs a whole number from 0 on, not {seed!r}")
     settings = {
-        stage: dict(_mapping(path, f"stages.{stage}", value or {}))
-        for stage, value in _mapping(path, "stages", raw.get("stages")).items()
+        stage: dict(mapping(path, f"stages.{stage}", value or {}))
+        for stage, value in mapping(path, "stages", raw.get("stages")).items()
     }
     if not settings:
         raise SettingsError(f"{path}: stages: the experiment has no stage")
-    changed = {_override(settings, text) for text in overrides}
+    changed = {override(settings, text) for text in overrides}
 
-    experiment = Experiment(name, seed, path, {}, {})
+    experiment = Experiment(name, seed, path, {}, {}, tuple(overrides))
     for stage, values in settings.items():
         kind = experiment.kinds[stage] = _kind(path, stage, values.pop("stage", stage))
         experiment.stages[stage] = _validate(path, stage, module(kind).Config, values, changed)
@@ -150,90 +151,29 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Experiment:
     return experiment
 
 
+def check_libraries(experiment: Experiment, stages: Iterable[str] | None = None) -> None:
+    """Have the libraries look at the blocks meant for them. Imports them: some seconds."""
+    for stage in experiment.stages if stages is None else stages:
+        config = experiment.stages[stage]
+        for field, block in config.blocks().items():
+            if given := getattr(config, field):
+                check_block(f"{experiment.path}: {stage}.{field}", block.target, given)
+
+
 def module(kind: str) -> ModuleType:
     """The module of a kind of stage: its `VERSION`, `Config` and `main`."""
     return importlib.import_module(f"stages.{kind}")
 
 
-def suggest(word: str, known: Iterable[str]) -> str:
-    """What to say after "unknown": the nearest known word, or all of them."""
-    known = list(known)
-    near = get_close_matches(word, known, n=1, cutoff=0.6)
-    return f"did you mean {near[0]}?" if near else f"there are: {', '.join(known)}"
-
-
-class _Loader(yaml.SafeLoader):
-    """SafeLoader that reads 1e-5 as a number (by YAML 1.1 it is a string) and refuses a key given twice."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: set[Any] = set()
-        for key_node, _ in node.value:
-            key = self.construct_object(key_node)  # type: ignore[no-untyped-call]
-            if key in seen:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"{key} is there twice", key_node.start_mark
-                )
-            seen.add(key)
-        return super().construct_mapping(node, deep)
-
-
-_EXPONENT = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+\Z")
-_Loader.add_implicit_resolver("tag:yaml.org,2002:float", _EXPONENT, list("+-.0123456789"))
-
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
-
-
-def _parse(text: str, where: str) -> Any:
-    try:
-        return yaml.load(text, _Loader)
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f", line {mark.line + 1}" if mark else ""
-        raise SettingsError(f"{where}{line}: {getattr(error, 'problem', None) or error}") from None
-
-
-def _read(path: Path) -> Any:
-    try:
-        return _parse(path.read_text(encoding="utf-8"), str(path))
-    except (FileNotFoundError, IsADirectoryError):
-        raise SettingsError(f"{path}: no such experiment file; configs/ has some to start from") from None
-    except UnicodeDecodeError:
-        raise SettingsError(f"{path}: not a text file") from None
-
-
-def _mapping(path: Path, field: str, value: Any) -> dict[str, Any]:
-    if not isinstance(value, dict):
-        what = f"not {value!r}" if value is not None else "and is missing or empty"
-        raise SettingsError(f"{path}: {field or 'the file'}: must be a mapping of names to settings, {what}")
-    for key in value:
-        if not isinstance(key, str) or not _NAME.fullmatch(key):
-            raise SettingsError(f"{path}: {field}{'.' if field else ''}{key}: cannot be a name")
+def swap(path: str, value: Any, new: Mapping[str, str]) -> Any:
+    """`value` of the field `path`, its strings replaced by what `new` has for them by dotted field."""
+    if isinstance(value, str):
+        return new.get(path, value)
+    if isinstance(value, list):
+        return [swap(f"{path}.{index}", inner, new) for index, inner in enumerate(value)]
+    if isinstance(value, dict):
+        return {key: swap(f"{path}.{key}", inner, new) for key, inner in value.items()}
     return value
-
-
-def _known(path: Path, field: str, given: Mapping[str, Any], known: Sequence[str]) -> None:
-    for key in given:
-        if key not in known:
-            raise SettingsError(f"{path}: {field}{key}: unknown setting; {suggest(key, known)}")
-
-
-def _override(settings: dict[str, dict[str, Any]], text: str) -> str:
-    """Apply one override in place; returns its dotted field."""
-    dotted, equals, value = text.partition("=")
-    stage, *parents = dotted.split(".")
-    if not equals or not parents or not all([stage, *parents]):
-        raise SettingsError(f"{text}: an override has the form stage.field=value (the seed: --seeds)")
-    if stage not in settings:
-        raise SettingsError(f"{text}: the experiment has no stage {stage}; {suggest(stage, settings)}")
-    node = settings[stage]
-    for parent in parents[:-1]:
-        if node.get(parent) is None:
-            node[parent] = {}
-        node = node[parent]
-        if not isinstance(node, dict):
-            raise SettingsError(f"{text}: {stage}.{parent} has no fields of its own")
-    node[parents[-1]] = _parse(value, text)
-    return dotted
 
 
 def _kind(path: Path, stage: str, kind: Any) -> str:
@@ -269,15 +209,13 @@ def _own_part(loc: Sequence[str | int], values: Any) -> tuple[str | int, ...]:
     """`loc` without the names that pydantic gives to the sides of a union."""
     own: list[str | int] = []
     for part in loc:
-        if not isinstance(values, dict | list):
+        if isinstance(values, dict) and (part in values or not own):
+            values = values.get(part)
+        elif isinstance(values, list) and isinstance(part, int):
+            values = values[part]
+        else:
             break
         own.append(part)
-        try:
-            values = values[part]
-        except (KeyError, IndexError, TypeError):
-            if isinstance(values, list) or len(own) > 1:
-                own.pop()
-            break
     return tuple(own)
 
 

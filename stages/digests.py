@@ -10,7 +10,7 @@ import os
 import time
 from pathlib import Path
 
-from stages.config import UserError
+from stages.errors import UserError
 
 SETTLED = 2.0
 """Seconds after its last change from which on a file's time is trusted to tell the next one."""

@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from stages.config import UserError
+from stages.errors import UserError
 
 FILE = "manifest.json"
 PACKAGES = (

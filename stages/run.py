@@ -27,8 +27,8 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from annotate.records import DataError
-from stages.config import UserError
 from stages.digests import Digests, sizes
+from stages.errors import UserError
 from stages.manifest import Gate, Input, Manifest, Output, code, hardware, load_manifest, now, packages
 from stages.progress import Bar, Screen
 
