@@ -110,7 +110,7 @@ def _guide(table: Table) -> Iterable[str]:
             f"**The reward model** prefers what the rubric prefers in {agreed} of held-out pairs "
             "whose rubric scores differ."
         )
-    effects = [line.detectable for line in table.lines if line.detectable is not None]
+    effects = [line.detectable for line in table.lines if line.detectable]
     if effects:
         yield (
             f"**Minimum detectable effect**: with these prompts, a true difference from SFT of "
@@ -162,11 +162,10 @@ def _lineage(table: Table) -> Iterable[str]:
         ["Row", "Judgements", "Runs"],
         [[line.policy, line.labels or "-", "<br>".join(line.runs) or "unknown"] for line in table.lines],
     ).replace("---: |", "--- |")
-    runs = sorted({run for line in table.lines for run in line.runs})
-    if runs:
+    if table.runs:
         yield markdown(
             ["Run", "Seed", "Commit", "Learned from", "Failed checks"],
-            [[run, *_facts(table, run)] for run in runs],
+            [[run, *_facts(table, run)] for run in table.runs],
         ).replace("---: |", "--- |")
 
 

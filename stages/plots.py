@@ -63,6 +63,7 @@ def training(rollouts: Mapping[int, Sequence[Sampled]], table: Table, path: Path
             ax.set_ylim(top=table.maximum)
     if len(rollouts) > 1:
         axes[0, 0].legend(loc="lower right", bbox_to_anchor=(1, 0.98), ncols=4, fontsize=9)
+    axes[-1, 0].xaxis.get_major_locator().set_params(integer=True)
     axes[-1, 0].set_xlabel("PPO step (bands: 95 % interval over the prompts of a step)")
     axes[0, 0].set_title(
         "Gold and proxy reward over PPO" if len(panels) > 1 else "Proxy reward over PPO", loc="left"

@@ -148,14 +148,15 @@ def grid(table: Table, metrics: Sequence[Metric], newline: str) -> tuple[list[st
 
 
 def marks(table: Table) -> list[str]:
-    """What † and ‡ stand for, line by line."""
-    notes = []
+    """What † and ‡ stand for: rows with the same failed check share a line."""
+    failed: dict[str, list[str]] = {}
     for line in table.lines:
-        if failed := table.failed(line):
-            notes.append(f"† {line.policy} was built although a check failed: {'; '.join(failed)}.")
-        if line.warnings:
-            notes.append(f"‡ {line.policy}: {'; '.join(line.warnings)}.")
-    return notes
+        for gate in table.failed(line):
+            failed.setdefault(gate, []).append(line.policy)
+    notes = [
+        f"† {', '.join(names)}: built although a check failed: {gate}." for gate, names in failed.items()
+    ]
+    return notes + [f"‡ {line.policy}: {'; '.join(line.warnings)}." for line in table.lines if line.warnings]
 
 
 def cell(line: Line, metric: Metric, newline: str = " ") -> str:

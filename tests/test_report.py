@@ -160,7 +160,7 @@ def test_a_failed_gate_marks_the_row():
     assert found.name(line(found, "sft")) == "sft"
     cells = {row["policy"]: row for row in csv.DictReader(io.StringIO(to_csv(found)))}
     assert cells["ppo"]["failed_gates"] == "accuracy above chance"
-    assert "† ppo was built although a check failed: accuracy above chance." in page.render(found, rows(), [])
+    assert "† ppo: built although a check failed: accuracy above chance." in page.render(found, rows(), [])
 
 
 def test_policies_must_have_answered_the_same_prompts():
