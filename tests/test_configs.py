@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from stages.config import STAGES, check_libraries, load
+from stages.config import STAGES, check_libraries, load, module
 
 CONFIGS = sorted(Path("configs").rglob("*.yaml"))
 
@@ -19,3 +19,12 @@ def test_loads_and_knows_every_key(path: Path):
     assert experiment.name == path.stem
     assert set(experiment.kinds.values()) <= set(STAGES)
     check_libraries(experiment)
+
+
+@pytest.mark.parametrize("kind", STAGES)
+def test_the_command_in_the_header_of_a_stage_is_valid(kind: str):
+    header = module(kind).__doc__ or ""
+    commands = [line.split() for line in header.splitlines() if line.startswith(f"    prefloop {kind} ")]
+    assert commands
+    for _, _, config, *overrides in commands:
+        assert kind in load(config, overrides).stages

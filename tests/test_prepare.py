@@ -3,12 +3,15 @@
 import json
 import re
 from collections import Counter
+from pathlib import Path
 
 import pytest
 from pydantic import ValidationError
 
-from annotate.records import Message, prompt_id
+from annotate.records import Judgement, Message, Record, prompt_id, read
 from stages import datacard
+from stages.cli import main
+from stages.manifest import load_manifest
 from stages.prepare import Config, Prepared, from_files, from_helpdesk
 
 QUESTION = [{"role": "user", "content": "What colour is the sky?"}]
@@ -162,3 +165,62 @@ def test_kto_rows_are_read_once_they_are_lines(shared, jsonl):
     liked = {r["messages"][-1]["content"].strip() for r in rows if r["label"]}
     assert {r.completion for r in prepared.records.values() if r.completion} <= liked
     assert len(prepared.records) > 250
+
+
+# Through the command line
+
+
+@pytest.fixture
+def prefloop(tmp_path, monkeypatch):
+    """Runs an experiment of the prepare stage alone; returns the exit code and the folder of its one run."""
+    monkeypatch.setenv("PREFLOOP_RUNS", str(tmp_path / "runs"))
+    experiment = tmp_path / "real.yaml"
+    experiment.write_text("name: real\nstages: {prepare: {}}\n")
+
+    def prefloop(*overrides: str) -> tuple[int, Path | None]:
+        code = main(["run", str(experiment), *overrides])
+        return code, next(iter(tmp_path.glob("runs/real/prepare/*/manifest.json")), None)
+
+    return prefloop
+
+
+def test_writes_what_other_stages_read_and_records_the_counts(prefloop, jsonl):
+    code, path = prefloop(f"prepare.data={jsonl(*preferences(200))}")
+    assert code == 0 and path is not None
+    manifest = load_manifest(path.parent)
+    assert set(manifest.outputs) == {
+        "records.jsonl",
+        "judgements.jsonl",
+        "corpus.txt",
+        "card.json",
+        "card.md",
+    }
+    assert manifest.metrics["prompts"] == 200
+    assert manifest.facts["rows"] == {"read": 200, "kept": 200, "dropped": 0}
+    assert len(read(path.parent / "records.jsonl", Record)) == 200
+    assert len(read(path.parent / "judgements.jsonl", Judgement)) == manifest.metrics["judgements"]
+    assert json.loads((path.parent / "card.json").read_text())["sources"][0]["file"] == "rows.jsonl"
+    assert "/" not in (path.parent / "card.md").read_text()
+
+
+def test_the_embedded_world_needs_no_file(prefloop):
+    code, path = prefloop("prepare.data=helpdesk", "prepare.prompts=50", "prepare.documents=20")
+    assert code == 0 and path is not None
+    assert (path.parent / "judgements.jsonl").read_text() == ""
+    assert len((path.parent / "corpus.txt").read_text().split("\n\n")) == 20
+
+
+@pytest.mark.parametrize(
+    ("rows", "problem"),
+    [
+        (['{"prompt": "a"}', "{"], "row 2, the whole row: Invalid JSON"),
+        ([], "no usable row among 0 (the source is empty)"),
+        ([{"prompt": "a", "completion": ""}] * 2, "no usable row among 2 (empty reply: 2)"),
+    ],
+    ids=["unreadable", "empty", "unusable"],
+)
+def test_bad_data_ends_in_one_line_and_leaves_no_complete_run(prefloop, jsonl, capfd, rows, problem):
+    code, path = prefloop(f"prepare.data={jsonl(*rows)}")
+    [line] = [line for line in capfd.readouterr().err.splitlines() if problem in line]
+    assert code != 0 and "Traceback" not in line
+    assert path is None or load_manifest(path.parent).status == "failed"
