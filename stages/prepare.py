@@ -37,6 +37,7 @@ Share = Annotated[float, Field(ge=0, le=1)]
 
 class Config(StageConfig):
     data: Literal["helpdesk"] | Source | list[Source] = "helpdesk"
+    """`helpdesk`, or one or several files of raw rows."""
     seed: int = 0
     """Of the helpdesk's world, so that experiments with other seeds share it."""
     prompts: int = Field(default=4000, ge=1)
