@@ -27,7 +27,7 @@ HEADERS = {
     "style-src 'self' 'unsafe-inline'; img-src 'self' data: blob:; font-src 'self' data:; object-src 'none'; "
     "base-uri 'self'; form-action 'self'; frame-ancestors 'none'",
     "x-content-type-options": "nosniff",
-    "referrer-policy": "no-referrer",
+    "referrer-policy": "same-origin",  # with no-referrer, browsers say "Origin: null" of our own form
 }
 
 
@@ -105,7 +105,7 @@ def _refusal(scope: Scope, headers: Headers) -> Response | None:
         return PlainTextResponse("too large", 413)
     if (method, path) in OWN:
         return None
-    page = method == "GET" and (path in PAGE or path.startswith(ASSETS) and ".." not in path)
+    page = method == "GET" and (path in PAGE or (path.startswith(ASSETS) and ".." not in path))
     call = method == "POST" and path.rstrip("/") == CALL
     if not page and not call:
         return PlainTextResponse("no such page", 404)

@@ -19,7 +19,7 @@ const VERDICTS = {
 
 let prefix = ''; // of this person's labels in localStorage: database, round, annotator
 let unsent = []; // labels without acknowledgement, oldest first
-let fresh = new Set(); // pairs among them that the server counts as open still
+const fresh = new Set(); // pairs among them that the server counts as open still
 let reserve = []; // pairs handed out, not shown yet
 let current = null; // the pair to judge
 let past = []; // pairs judged, oldest first, each with its preference in the order shown
@@ -103,7 +103,7 @@ function judge(preference, reason) {
   judgedAt = now;
   const ms = Math.round(now - shownAt);
   const nonce = [...crypto.getRandomValues(new Uint32Array(2))].map((n) => n.toString(36)).join('');
-  keep({ token: `${it.key}-${nonce}`, preference, reason: reason || null, client_ms: ms });
+  keep(it, { token: `${it.key}-${nonce}`, preference, reason: reason || null, client_ms: ms });
   if (at === null) {
     fresh.add(it.key);
     past.push({ ...it, preference });
@@ -135,19 +135,29 @@ function forward() {
 
 // ---- keeping and sending
 
-function keep(label) {
+function keep({ key, messages, completions }, label) {
   unsent.push(label);
   try {
-    localStorage.setItem(`${prefix}${label.token}`, JSON.stringify({ label, at: Date.now() }));
+    const entry = { label, task: { key, messages, completions }, at: Date.now() };
+    localStorage.setItem(`${prefix}${label.token}`, JSON.stringify(entry));
   } catch {
     trouble = 'this browser keeps nothing: stay on the page until it says saved';
   }
 }
 
-function kept() {
+// What an earlier visit could not send takes its place behind what the server knows of.
+function recall() {
   const mine = Object.keys(localStorage).filter((key) => key.startsWith(prefix));
-  const entries = mine.map((key) => JSON.parse(localStorage.getItem(key)));
-  return entries.sort((a, b) => a.at - b.at).map((entry) => entry.label);
+  const entries = mine.map((key) => JSON.parse(localStorage.getItem(key))).sort((a, b) => a.at - b.at);
+  entries.forEach(({ label, task: it }) => {
+    unsent.push(label);
+    const known = past.find((other) => other.key === it.key);
+    if (known) known.preference = label.preference;
+    else {
+      past.push({ ...it, preference: label.preference });
+      fresh.add(it.key);
+    }
+  });
 }
 
 async function send() {
@@ -213,11 +223,9 @@ async function start() {
   const reply = await call('hello', {});
   if (!reply) return;
   prefix = `prefloop:${reply.database}:${reply.round}:${reply.annotator}:`;
-  unsent = kept();
   past = reply.history;
   counted = reply.progress;
-  const known = new Set(past.map((it) => it.key));
-  fresh = new Set(unsent.map((label) => pair(label.token)).filter((key) => !known.has(key)));
+  recall();
   $('.title').textContent = reply.title;
   $('.name').textContent = reply.name;
   send();
