@@ -96,10 +96,11 @@ def unreferenced(experiment: Experiment, seeds: tuple[int, ...] = ()) -> dict[Pa
     for seed in {experiment.seed, *seeds, *known}:
         plan = Plan(experiment, [seed])
         used |= {plan.state(node).path for node in plan.nodes}
+    written = {o.digest for path, m in manifests.items() if path in used for o in m.outputs.values()}
     for path, manifest in manifests.items():  # a report over several seeds
-        settings = experiment.stages.get(manifest.stage)
-        gathers = settings and any(reads.every_seed for reads in settings.inputs().values())
-        if gathers and all(given.run and Path(given.run) in used for given in manifest.inputs.values()):
+        stage = experiment.stages.get(manifest.stage)
+        gathers = stage is not None and any(reads.every_seed for reads in stage.inputs().values())
+        if gathers and all(given.digest in written for given in manifest.inputs.values()):
             used.add(path)
     left = [path for path in manifests if path not in used]
     return {path: _why_it_stays(path, left) for path in left}

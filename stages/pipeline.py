@@ -126,6 +126,16 @@ def seed_everything(seed: int, with_torch: bool) -> None:
         torch.use_deterministic_algorithms(True, warn_only=True)
         deterministic: Any = torch.utils.deterministic
         deterministic.fill_uninitialized_memory = False  # costs time and changes no result of ours
+        _hide_bars()
+
+
+def _hide_bars() -> None:
+    """Of transformers, for the loading of every model: ours is there. Those of downloads stay."""
+    from huggingface_hub.utils import enable_progress_bars
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
+    enable_progress_bars()
 
 
 def _tidy() -> None:

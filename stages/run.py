@@ -29,7 +29,18 @@ from filelock import FileLock, Timeout
 from annotate.records import DataError
 from stages.digests import Digests, sizes
 from stages.errors import UserError
-from stages.manifest import Gate, Input, Manifest, Output, code, hardware, load_manifest, now, packages
+from stages.manifest import (
+    Gate,
+    Input,
+    Manifest,
+    Output,
+    code,
+    hardware,
+    load_manifest,
+    now,
+    packages,
+    replace,
+)
 from stages.progress import Bar, Screen
 
 __all__ = ["Input", "Manifest", "Run", "is_writer", "load_manifest", "locked", "runs_root"]
@@ -58,6 +69,7 @@ class Run:
         self._gate = gate
         self._outputs: list[str] = []
         self._scratch: Path | None = None
+        self._logged = False
         path.mkdir(parents=True, exist_ok=True)
 
     def output(self, name: str) -> Path:
@@ -75,6 +87,8 @@ class Run:
 
     def log(self, step: int | None = None, **metrics: float) -> None:
         """Append a line to metrics.jsonl."""
+        if step is not None and not self._logged:
+            self._rewind(step)
         line = ({} if step is None else {"step": step}) | {k: _plain(v) for k, v in metrics.items()}
         if is_writer():
             with (self.path / "metrics.jsonl").open("a", encoding="utf-8") as file:
@@ -93,9 +107,7 @@ class Run:
         """Record a check of the result. UserError if it failed and the stage's `gate` setting is "stop"."""
         self.manifest.gates[name] = Gate(passed=bool(passed), message=message)
         if not passed and self._gate == "stop":
-            raise UserError(
-                f"{self.stage}: check failed: {name}: {message} ({self.stage}.gate=warn goes on all the same)"
-            )
+            raise UserError(f"check failed: {name}: {message} ({self.stage}.gate=warn goes on all the same)")
         if not passed:
             self.say(f"warning: check failed: {name}: {message}")
 
@@ -107,11 +119,19 @@ class Run:
         """A context manager: `with run.progress("sampling", total=9) as bar: bar.advance(1, loss=0.5)`."""
         return Bar(self.screen, self.stage, description, total, unit)
 
+    def _rewind(self, step: int) -> None:
+        """Forget what a killed attempt logged beyond the checkpoint that this one continues from."""
+        self._logged, path = True, self.path / "metrics.jsonl"
+        if is_writer() and path.exists():
+            lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+            whole = [line for line in lines if line.endswith("\n")]
+            replace(path, "".join(line for line in whole if json.loads(line).get("step", -1) < step))
+
     @contextmanager
     def recorded(self) -> Iterator["Run"]:
         """While the block runs the manifest says "running"; leaving it settles the status, whatever happens.
 
-        Every error leaves as UserError, DataError or KeyboardInterrupt, with a message fit for the user.
+        Every error leaves as UserError or KeyboardInterrupt, with a message fit for the user.
         """
         began, spent = time.monotonic(), self.manifest.wall_seconds
         self._start()
@@ -124,7 +144,7 @@ class Run:
                 OSError
             ):  # a full disk; a run without an owner that says "running" counts as killed
                 self._settle(error)
-            if not isinstance(error, Exception) or isinstance(error, UserError | DataError):
+            if not isinstance(error, Exception):
                 raise
             raise self._explained(error) from error
         finally:
@@ -141,17 +161,24 @@ class Run:
 
     def _finish(self, wall: float) -> None:
         if not is_writer():
-            return
+            return self._await_writer()
         digests = Digests()
         for name in self._outputs:
             if not (self.path / name).exists():
-                raise UserError(f"{self.stage} did not write {name}, which it announced")
+                raise UserError(f"did not write {name}, which it announced")
             self.manifest.outputs[name] = Output(
                 digest=digests.of(self.path / name), files=sizes(self.path, name)
             )
         self._measure()
         self.manifest.status, self.manifest.wall_seconds = "complete", wall
         self._save()
+
+    def _await_writer(self) -> None:
+        """What this stage wrote can be read once the writing process says so."""
+        while (status := load_manifest(self.path).status) == "running":
+            time.sleep(0.2)
+        if status != "complete":
+            raise UserError(f"the process of rank 0 ended {status}")
 
     def _settle(self, error: BaseException) -> None:
         stopped = isinstance(error, KeyboardInterrupt | SystemExit)
@@ -173,7 +200,9 @@ class Run:
             return UserError(
                 f"{self.path}: no space left on the disk: free some, then run the same command again"
             )
-        report = self.path / "traceback.txt"
+        if isinstance(error, UserError | DataError):
+            return UserError(f"{self.stage}: {error}")
+        report = self.path / ("traceback.txt" if is_writer() else f"traceback-{os.environ['RANK']}.txt")
         with suppress(OSError):
             report.write_text("".join(traceback.format_exception(error)), encoding="utf-8")
         return UserError(f"{self.stage} failed: {_first_line(error)} (the whole story: {report})")
@@ -190,7 +219,7 @@ def locked(path: Path) -> Iterator[None]:
         yield
         return
     path.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(path / LOCK, timeout=0)
+    lock = FileLock(path / LOCK, timeout=0.5)  # `prefloop status` may be looking
     try:
         lock.acquire()
     except Timeout:
