@@ -48,7 +48,8 @@ def serve(store: Store, round_id: int, title: str, name: str | None = None, port
     """
     import uvicorn
 
-    with socket.socket() as listener:
+    # The protocol is named since asyncio sends without delay (40 ms an answer) only where it is.
+    with socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP) as listener:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             listener.bind(("127.0.0.1", port))

@@ -84,7 +84,7 @@ def record(x: Connection, round_id: int, me: int, labels: Sequence[Label]) -> li
 
 
 def claim(x: Connection, round_id: int, me: int, want: int) -> list[Shown]:
-    """Up to `want` open tasks of annotator `me`, all with a fresh lease.
+    """Up to `want` open tasks of annotator `me`, all with at least half a lease before them.
 
     Those they hold already come first, then free ones, then those whose holder's lease has run out.
     """
@@ -99,7 +99,7 @@ def claim(x: Connection, round_id: int, me: int, want: int) -> list[Shown]:
             for row in rows:
                 found.setdefault(row.task_id, row)
     taken = list(found.values())[: want - len(mine)]
-    if mine:
+    if any(row.lease_until < now + lease / 2 for row in mine):
         x.execute(_EXTEND, {"slots": [row.id for row in mine], "until": until})
     if taken:
         name = x.execute(_NAME, {"me": me}).scalar_one()
@@ -179,7 +179,7 @@ _first = aliased(Judgement)
 _ROUND = select(Round.lease, Round.overlap, Round.salt).where(Round.id == _round)
 _NAME = select(Annotator.name).where(Annotator.id == _me)
 _MINE = (
-    select(Slot.id)
+    select(Slot.id, Slot.lease_until)
     .where(Slot.annotator_id == _me, Slot.round_id == _round, Slot.state == "open", Slot.active)
     .order_by(Slot.priority.desc(), Slot.id)
     .limit(_n)

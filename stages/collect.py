@@ -19,12 +19,14 @@ from pydantic import Field, model_validator
 
 from annotate.records import Item, Judgement, Kind, write
 from stages.config import Items, NotInKey, StageConfig, UserError
-from stages.people import pairs, wait_for_people
+from stages.people import annotate, pairs, wait_for_people
 from stages.run import Run
 
 if TYPE_CHECKING:
     from annotate.statistics import Estimate
     from annotate.store import Current, Store
+
+__all__ = ["VERSION", "Config", "annotate", "main"]
 
 VERSION = 1
 BATCH = 250

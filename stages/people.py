@@ -17,9 +17,11 @@ from stages.run import Run, load_manifest, runs_root
 if TYPE_CHECKING:
     from annotate.store import Store
 
+PORT = 7860
+
 
 def annotate(
-    config_path: str, overrides: Sequence[str] = (), port: int = 7860, name: str | None = None
+    config_path: str | Path, overrides: Sequence[str] = (), port: int | None = None, name: str | None = None
 ) -> None:
     """Serve the labelling page of an experiment's newest sampled items on 127.0.0.1 until interrupted.
 
@@ -38,7 +40,7 @@ def annotate(
 
     store = Store(config.db)
     round_id = open_round(store, items, experiment.name, stage, seed, config.overlap)
-    serve(store, round_id, experiment.name, name, port)
+    serve(store, round_id, experiment.name, name, PORT if port is None else port)
 
 
 def pairs(path: str | Path) -> dict[str, Item]:
