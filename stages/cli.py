@@ -1,7 +1,6 @@
 """The command line. Nothing heavy is imported before it is needed: `--help` and `status` answer at once."""
 
 import argparse
-import importlib
 import shlex
 import shutil
 import signal
@@ -14,7 +13,7 @@ from typing import NoReturn
 
 from annotate.records import DataError
 from stages.config import STAGES, Experiment, load
-from stages.errors import SettingsError, UserError
+from stages.errors import SettingsError, UserError, suggest
 
 HELP = """\
 usage: prefloop COMMAND CONFIG [stage.field=value ...] [options]
@@ -80,8 +79,6 @@ def _dispatch(argv: list[str]) -> int:
         return COMMANDS[command](rest, _command(argv))
     if command in STAGES:
         return _stage(command, rest, _command(argv))
-    from stages.errors import suggest
-
     raise SettingsError(f"no command {command}; {suggest(command, [*COMMANDS, 'chat', *STAGES])}")
 
 
@@ -103,14 +100,17 @@ def _stage(kind: str, argv: list[str], command: str) -> int:
         return 0
     parser = _parser(kind, seeds=True)
     parser.add_argument("--force", action="store_true")
-    parser.add_argument("--publish", action="store_true", help=argparse.SUPPRESS)
+    if kind == "report":
+        parser.add_argument("--publish", action="store_true")
     args = parser.parse_intermixed_args(argv)
     experiment = load(args.config, args.overrides)
     if kind not in experiment.stages:
         own = [name for name, of in experiment.kinds.items() if of == kind]
         hint = f"; `prefloop run {args.config} --only {own[0]}` runs {own[0]}" if own else ""
         raise SettingsError(f"{args.config}: the experiment has no stage named {kind}{hint}")
-    return _execute(experiment, args.seeds, [kind], [kind] * args.force, args.publish, command)
+    return _execute(
+        experiment, args.seeds, [kind], [kind] * args.force, "publish" in args and args.publish, command
+    )
 
 
 def _execute(
@@ -173,9 +173,10 @@ def _clean(argv: list[str], command: str) -> int:
 
 def _annotate(argv: list[str], command: str) -> int:
     parser = _parser("annotate")
-    parser.add_argument("--port", type=int)
+    parser.add_argument("--port", type=int, default=7860)
     args = parser.parse_intermixed_args(argv)
-    annotate = importlib.import_module("stages.collect").annotate
+    from stages.people import annotate
+
     annotate(args.config, args.overrides, args.port)
     return 0
 

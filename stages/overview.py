@@ -16,7 +16,9 @@ MAIN = ("accuracy", "reward", "self_stopping", "items", "labels", "records", "lo
 
 def main_metric(manifest: Manifest) -> str:
     """`accuracy 0.83`, or nothing."""
-    name = next((name for name in (*MAIN, *manifest.metrics) if name in manifest.metrics), None)
+    of_policies = [name for name in manifest.metrics if name.startswith("gold/")]
+    names = [*MAIN, *reversed(of_policies), *manifest.metrics]
+    name = next((name for name in names if name in manifest.metrics), None)
     return f"{name} {manifest.metrics[name]:.4g}" if name else ""
 
 

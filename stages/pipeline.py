@@ -84,7 +84,7 @@ def _execute(plan: Plan, node: Node, state: State, screen: Screen, forced: bool,
             wall_seconds=before.wall_seconds if before else 0.0,
             command=command,
         )
-        one = Run(path, manifest, config.gate, screen)
+        one = Run(path, manifest, config.gate, screen, plan.label(node))
         screen.say(f"{plan.label(node)}: {'continuing' if before else 'started'} in {path}")
         with one.recorded():
             seed_everything(manifest.seed, _uses_torch(config))

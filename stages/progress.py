@@ -25,8 +25,8 @@ WINDOW = 30.0
 class Bar:
     """Progress of one piece of work inside a stage."""
 
-    def __init__(self, screen: "Screen", stage: str, description: str, total: int | None, unit: str):
-        self.stage, self.description, self.total, self.unit = stage, description, total, unit
+    def __init__(self, screen: "Screen", label: str, description: str, total: int | None, unit: str):
+        self.label, self.description, self.total, self.unit = label, description, total, unit
         self.done, self.shown = 0.0, dict[str, float]()
         self._screen = screen
         self._samples = deque([(time.monotonic(), 0.0)])
@@ -102,7 +102,7 @@ class Screen:
 
     def update(self, bar: Bar, task: Any) -> None:
         if not self.quiet and bar.due():
-            self.say(f"{bar.stage}: {bar.description} {bar.state}")
+            self.say(f"{bar.label}: {bar.description} {bar.state}")
 
     def close(self, bar: Bar, task: Any, failed: bool) -> None:
         pass

@@ -61,9 +61,18 @@ def is_writer() -> bool:
 class Run:
     """What a stage's `main` writes to. `inputs` holds what was resolved, by dotted field of the settings."""
 
-    def __init__(self, path: Path, manifest: Manifest, gate: str = "stop", screen: Screen | None = None):
+    def __init__(
+        self,
+        path: Path,
+        manifest: Manifest,
+        gate: str = "stop",
+        screen: Screen | None = None,
+        label: str | None = None,
+    ):
+        """`label`: how to speak of the stage; its name where there is only one of it."""
         self.path, self.manifest = path, manifest
         self.experiment, self.stage, self.seed = manifest.experiment, manifest.stage, manifest.seed
+        self.label = label or self.stage
         self.inputs = manifest.inputs
         self.screen = screen or Screen(quiet=not is_writer())
         self._gate = gate
@@ -113,11 +122,11 @@ class Run:
 
     def say(self, text: str) -> None:
         """One line for the user."""
-        self.screen.say(f"{self.stage}: {text}")
+        self.screen.say(f"{self.label}: {text}")
 
     def progress(self, description: str, total: int | None = None, unit: str = "steps") -> Bar:
         """A context manager: `with run.progress("sampling", total=9) as bar: bar.advance(1, loss=0.5)`."""
-        return Bar(self.screen, self.stage, description, total, unit)
+        return Bar(self.screen, self.label, description, total, unit)
 
     def _rewind(self, step: int) -> None:
         """Forget what a killed attempt logged beyond the checkpoint that this one continues from."""
@@ -201,11 +210,11 @@ class Run:
                 f"{self.path}: no space left on the disk: free some, then run the same command again"
             )
         if isinstance(error, UserError | DataError):
-            return UserError(f"{self.stage}: {error}")
+            return UserError(f"{self.label}: {error}")
         report = self.path / ("traceback.txt" if is_writer() else f"traceback-{os.environ['RANK']}.txt")
         with suppress(OSError):
             report.write_text("".join(traceback.format_exception(error)), encoding="utf-8")
-        return UserError(f"{self.stage} failed: {_first_line(error)} (the whole story: {report})")
+        return UserError(f"{self.label} failed: {_first_line(error)} (the whole story: {report})")
 
     def _save(self) -> None:
         if is_writer():
