@@ -50,8 +50,16 @@ function show() {
     button.setAttribute('aria-pressed', String(chosen));
   });
   $('.work').scrollTop = 0;
+  endOfConversation();
   shownAt = performance.now();
   report();
+}
+
+function endOfConversation() {
+  const box = $('.conversation');
+  box.dataset.cut = 'no';
+  box.dataset.cut = box.scrollHeight > box.clientHeight + 1 ? 'yes' : 'no';
+  box.scrollTop = box.scrollHeight;
 }
 
 function bubble({ role, content }) {
@@ -235,7 +243,7 @@ async function start() {
 
 const KEYS = {
   s: () => task() && openDialog(skipping), u: back, Backspace: back, Enter: forward, Escape: forward,
-  '?': () => openDialog(help), d: toggleTheme,
+  '?': () => openDialog(help), d: toggleTheme, c: toggleConversation,
   j: () => $('.work').scrollBy(0, 120), k: () => $('.work').scrollBy(0, -120),
 };
 
@@ -263,6 +271,11 @@ function toggleTheme() {
   const theme = stage.dataset.theme === 'dark' ? 'light' : 'dark';
   localStorage.setItem('prefloop-theme', theme);
   stage.dataset.theme = theme;
+}
+
+function toggleConversation() {
+  stage.dataset.whole = stage.dataset.whole === 'yes' ? 'no' : 'yes';
+  endOfConversation();
 }
 
 function click(selector, act) {
