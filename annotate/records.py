@@ -63,7 +63,7 @@ class Completion(Row):
     tokens: list[int]
     """Token ids as sampled, the stop token included when there was one."""
     logprobs: list[float]
-    """Natural log-probability of each token at temperature 1."""
+    """Natural log-probability of each token in the distribution it was drawn from."""
     stopped: bool
     """Ended by its own stop token, not by the length limit."""
 

@@ -16,7 +16,7 @@ from typing import Any, Protocol
 import torch
 from stages.run import Run
 from torch import Tensor, nn
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from reward.tokens import MAX_TOKENS, micro_batches
 from stages.config import UserError
@@ -207,6 +207,7 @@ def arguments(run: Run, trainer: dict[str, Any], kind: Any = TrainingArguments, 
 
 def train(engine: Trainer, run: Run) -> None:
     """Train to the end, from the newest whole checkpoint of an earlier attempt if there is one."""
+    engine.remove_callback(PrinterCallback)  # what it prints is in the progress line and in metrics.jsonl
     folder = Path(engine.args.output_dir)
     whole, broken = [], []
     for path in folder.glob("checkpoint-*"):

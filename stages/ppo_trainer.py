@@ -238,7 +238,9 @@ class Rollouts:
             )
             for row, sample, score, nats in zip(rows, samples, scores, kl, strict=True)
         ]
-        write(self.run.path / "rollouts" / f"{update:06d}.jsonl", kept)
+        folder = self.run.path / "rollouts"
+        folder.mkdir(exist_ok=True)
+        write(folder / f"{update:06d}.jsonl", kept)
         n, tokens = len(kept), sum(len(s.tokens) for s in samples)
         self.metrics = {
             "reward": sum(scores) / n,

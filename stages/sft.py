@@ -64,7 +64,6 @@ def main(config: Config, run: Run) -> None:
         processing_class=tokenizer,
         callbacks=[Reporting(run, "SFT")],
     )
-    trainer.remove_callback(_printer())
     check_collated(trainer, tokenizer)
     train(trainer, run)
     save(model, tokenizer, run.output("model"))
@@ -128,12 +127,6 @@ def measure_stopping(model: Any, tokenizer: Any, records: Sequence[Record], limi
     run.gate(
         "stops by itself", share >= 0.9, f"{share:.0%} of {len(samples)} replies end within {limit} tokens"
     )
-
-
-def _printer() -> Any:
-    from transformers import PrinterCallback
-
-    return PrinterCallback
 
 
 if __name__ == "__main__":

@@ -203,6 +203,15 @@ def test_writes_what_other_stages_read_and_records_the_counts(prefloop, jsonl):
     assert "/" not in (path.parent / "card.md").read_text()
 
 
+def test_several_files_are_one_source(prefloop, jsonl):
+    paths = [jsonl(*preferences(8)[:5], name="a.jsonl"), jsonl(*preferences(8)[3:], name="b.jsonl.gz")]
+    code, path = prefloop(f"prepare.data=[{', '.join(paths)}]")
+    assert code == 0 and path is not None
+    manifest = load_manifest(path.parent)
+    assert set(manifest.inputs) == {"data.0", "data.1"}
+    assert manifest.facts["rows"] == {"read": 10, "kept": 8, "dropped": 2}
+
+
 def test_the_embedded_world_needs_no_file(prefloop):
     code, path = prefloop("prepare.data=helpdesk", "prepare.prompts=50", "prepare.documents=20")
     assert code == 0 and path is not None
