@@ -2,6 +2,8 @@
 
 import dataclasses
 import importlib
+import os
+import warnings
 from collections.abc import Mapping
 from typing import Any, get_type_hints
 
@@ -32,6 +34,24 @@ def check_block(place: str, target: str, given: Mapping[str, Any]) -> None:
             adapter.validate_python(value)
         except ValidationError as error:
             raise SettingsError(f"{place}.{key}: {error.errors()[0]['msg']}, not {value!r}") from None
+    _construct(place, kind, given)
+
+
+def _construct(place: str, kind: Any, given: Mapping[str, Any]) -> None:
+    """What the library itself says of the values taken together, if it says nothing of its defaults."""
+    if "RANK" in os.environ:  # would join the processes before their time
+        return
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            kind(output_dir="unused", report_to="none")
+        except Exception:  # of any type: what the library makes of our silence is not the user's fault
+            return
+        try:
+            kind(**{"output_dir": "unused", "report_to": "none", **given})
+        except Exception as error:
+            text = " ".join(str(error).split())
+            raise SettingsError(f"{place}: {text if len(text) < 200 else text[:200] + ' ...'}") from None
 
 
 def _types(kind: Any) -> dict[str, Any]:

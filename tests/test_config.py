@@ -176,6 +176,7 @@ BAD_BLOCKS = {
     "learning_rat: 1": "tune.trainer.learning_rat: transformers.TrainingArguments has no such setting",
     "learning_rate: fast": "tune.trainer.learning_rate: Input should be a valid number",
     "max_steps: 1.5": "tune.trainer.max_steps: Input should be a valid integer",
+    "optim: nonsense": "tune.trainer: nonsense is not a valid OptimizerNames",
     "output_dir: x": "tune.trainer.output_dir: the run decides where it writes",
     "seed: 3": "tune.trainer.seed: set the stage's own `seed`",
 }
