@@ -34,10 +34,11 @@ def run(
     nodes = [node for node in plan.nodes if not only or node.stage in only]
     todo = [node for node in nodes if node.stage in force or plan.state(node).status != "complete"]
     _check_reachable(plan, todo, force)
-    check_libraries(plan.experiment, dict.fromkeys(node.stage for node in todo))
     if len(nodes) > len(todo):
         screen.say(f"{len(nodes) - len(todo)} of {len(nodes)} stages are complete")
     with screen.live():
+        screen.stages(0, len(todo), "checking settings")  # imports torch: some seconds
+        check_libraries(plan.experiment, dict.fromkeys(node.stage for node in todo))
         for done, node in enumerate(todo):
             forced = node.stage in force
             state = plan.state(node)
