@@ -1,6 +1,7 @@
 """The command line. Nothing heavy is imported before it is needed: `--help` and `status` answer at once."""
 
 import argparse
+import os
 import shlex
 import shutil
 import signal
@@ -62,6 +63,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(str(error), 2)
     except (UserError, DataError) as error:
         return _fail(str(error), 1)
+    except BrokenPipeError:  # whoever read our lines has gone, as in `prefloop status CONFIG | head -3`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except (
+        OSError
+    ) as error:  # before or after a run: a folder that cannot be made, a file that cannot be written
+        return _fail(f"{error.filename or 'writing'}: {error.strerror}", 1)
     except KeyboardInterrupt:
         return _fail(f"stopped; the same command continues: {_command(argv)}", 130)
 

@@ -104,7 +104,9 @@ def load_manifest(folder: str | Path) -> Manifest:
     except FileNotFoundError:
         raise UserError(f"{folder} is not a run folder: it has no {FILE}") from None
     except ValidationError as error:
-        raise UserError(f"{path}: not a manifest of this version ({error.errors()[0]['msg']})") from None
+        raise UserError(
+            f"{path}: no manifest of this version ({error.errors()[0]['msg']}): move its folder away"
+        ) from None
 
 
 def replace(path: Path, text: str) -> None:

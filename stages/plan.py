@@ -110,9 +110,11 @@ class Plan:
         inputs: dict[str, Input] = {}
         waits: list[str] = []
         for dotted, reads, value in self.config(node).references():
+            place, name = f"{node.stage}.{dotted}", dotted
             if not (reads.artifact and value in self.experiment.stages):
-                place = f"{node.stage}.{dotted}"
-                inputs[dotted] = find(place, value, reads, self.digests, self.experiment.stages)
+                if reads.every_seed:
+                    name = _next(dotted, inputs)
+                inputs[name] = find(place, value, reads, self.digests, self.experiment.stages)
                 continue
             seeds = self.seeds if reads.every_seed else (self._one_seed(node, value),)
             of_seeds = dict.fromkeys(self.node(value, seed) for seed in seeds)
@@ -121,8 +123,9 @@ class Plan:
                 if state.status != "complete":
                     waits.append(self.lack(upstream))
                     continue
-                name = dotted if not reads.every_seed else f"{dotted.partition('.')[0]}.{len(inputs)}"
-                inputs[name] = artifact(f"{node.stage}.{dotted}", value, state, reads.artifact)
+                if reads.every_seed:
+                    name = _next(dotted, inputs)
+                inputs[name] = artifact(place, value, state, reads.artifact)
         if waits:
             return State("waits", why=", ".join(dict.fromkeys(waits)))
         key = run_key(self.experiment.kinds[node.stage], self.config(node), inputs)
@@ -159,6 +162,12 @@ class Plan:
             why = damage(path, manifest) if manifest and status == "complete" else ""
             state = State("damaged" if why else status, key, path, manifest, inputs, why)  # type: ignore[arg-type]
         return state
+
+
+def _next(dotted: str, inputs: dict[str, Input]) -> str:
+    """A place in a list that seeds make longer than the settings say: `evaluations.2`."""
+    field = dotted.partition(".")[0]
+    return f"{field}.{sum(name.partition('.')[0] == field for name in inputs)}"
 
 
 def run_key(kind: str, config: StageConfig, inputs: dict[str, Input]) -> str:

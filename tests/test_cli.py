@@ -122,6 +122,11 @@ def test_a_base_model_path_that_is_not_there(fails, tmp_path):
     assert "sft.model: ./models/none: no such file or folder" in fails("run", path)
 
 
+def test_a_folder_of_runs_that_cannot_be_made(fails, toy, monkeypatch):
+    monkeypatch.setenv("PREFLOOP_RUNS", "/dev/null/runs")
+    assert "error: /dev/null/runs" in fails("run", toy)
+
+
 def test_publishing_without_a_report(fails, tmp_path):
     line = fails("run", experiment(tmp_path, HELPDESK), "--publish", code=2)
     assert "no report stage" in line

@@ -201,7 +201,7 @@ def test_a_manifest_that_is_none_is_refused(tmp_path):
     with pytest.raises(UserError, match="is not a run folder"):
         load_manifest(tmp_path)
     (tmp_path / "manifest.json").write_text("{")
-    with pytest.raises(UserError, match="not a manifest of this version"):
+    with pytest.raises(UserError, match="no manifest of this version"):
         load_manifest(tmp_path)
 
 
