@@ -149,9 +149,7 @@ class Run:
             self._finish(spent + time.monotonic() - began)
         except BaseException as error:
             self.manifest.wall_seconds = spent + time.monotonic() - began
-            with suppress(
-                OSError
-            ):  # a full disk; a run without an owner that says "running" counts as killed
+            with suppress(OSError):  # disk full: a run that says "running" and has no owner counts as killed
                 self._settle(error)
             if not isinstance(error, Exception):
                 raise
