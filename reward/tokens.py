@@ -100,7 +100,10 @@ def forward(model: nn.Module, batch: Batch, temperature: float = 1.0) -> tuple[T
             logits_to_keep=batch.predicts,
             use_cache=False,
         ).logits
-    logps = -F.cross_entropy(logits.float() / temperature, batch.targets, reduction="none")
+    logits = logits.float()
+    if temperature != 1.0:  # a division by 1 would still be a pass over the largest tensor there is
+        logits = logits / temperature
+    logps = -F.cross_entropy(logits, batch.targets, reduction="none")
     head = getattr(model, "value_head", None)
     values = None if head is None else batch.pad(head(hidden.states.float()).squeeze(-1))
     return batch.pad(logps), values
