@@ -4,7 +4,7 @@ given.
     prefloop pretrain configs/quickstart.yaml pretrain.hidden=192
 
 Reads    corpus   plain text of the prepare stage, documents separated by blank lines
-         texts    further text files of the same form
+         texts    further text files of the same form, or with <|endoftext|> between documents
 Writes   model/   tokenizer and weights, for `from_pretrained`
 """
 
@@ -28,6 +28,7 @@ CHAT_TEMPLATE = """\
 {%- if add_generation_prompt -%}<|assistant|>{%- endif -%}"""
 
 PAD, END, ROLES = "<|pad|>", "<|end|>", ("<|system|>", "<|user|>", "<|assistant|>")
+END_OF_TEXT = "<|endoftext|>"
 
 
 class Config(StageConfig):
@@ -77,10 +78,15 @@ def read_documents(paths: list[str]) -> list[str]:
             text = Path(path).read_text(encoding="utf-8")
         except UnicodeDecodeError as error:
             raise UserError(f"{path}: not UTF-8 text ({error})") from None
-        documents += [block.strip() for block in text.split("\n\n") if block.strip()]
+        documents += [block.strip() for block in text.split(_separator(text)) if block.strip()]
     if not documents:
         raise UserError(f"{', '.join(paths)}: no text to train a base model on")
     return documents
+
+
+def _separator(text: str) -> str:
+    """Files that mark the end of each document, as TinyStories does, have blank lines within documents."""
+    return END_OF_TEXT if END_OF_TEXT in text else "\n\n"
 
 
 def train_tokenizer(documents: list[str], vocabulary: int) -> Any:
