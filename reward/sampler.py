@@ -30,7 +30,7 @@ class Sample:
 
 
 class Bar(Protocol):
-    def advance(self, n: int = 1, **shown: float) -> None: ...
+    def advance(self, steps: float = 1, /, **shown: float) -> None: ...
 
 
 class Sampler:

@@ -14,11 +14,10 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
-from stages.run import Run
-
 from annotate.records import Judgement, read
 from stages.config import Judgements, KeysOf, Model, StageConfig, UserError
 from stages.rm import comparisons, who
+from stages.run import Run
 
 if TYPE_CHECKING:
     from stages.objectives import Pair

@@ -14,12 +14,12 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from stages.run import Run
 from torch import Tensor, nn
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from reward.tokens import MAX_TOKENS, micro_batches
 from stages.config import UserError
+from stages.run import Run
 
 COMPLETE = "complete"
 """Marks a checkpoint folder whose files are all there: the Trainer writes them one after another."""
@@ -62,7 +62,7 @@ class Epochs:
         self.size = args.per_device_train_batch_size * args.gradient_accumulation_steps
         self.per_epoch = math.ceil(len(examples) / self.size)
         total = math.ceil(args.num_train_epochs * self.per_epoch)
-        self.total = args.max_steps if args.max_steps > 0 else total
+        self.total: int = args.max_steps if args.max_steps > 0 else total
 
     def __len__(self) -> int:
         return self.total
@@ -91,6 +91,7 @@ class Engine(Trainer):
         args.ignore_data_skip = True  # the loader below starts where training stopped
         args.remove_unused_columns = False
         args.logging_nan_inf_filter = False  # a loss that is not finite has to be seen
+        args.max_grad_norm = args.max_grad_norm or math.inf  # without clipping the norm is still looked at
         super().__init__(model=model, args=args, callbacks=callbacks)
         self.objective, self.steps, self.max_tokens = objective, steps, max_tokens
         self.sums: dict[str, float] = defaultdict(float)
@@ -146,9 +147,10 @@ class Engine(Trainer):
 
 
 class _Loader:
-    """Hands the steps to the Trainer one at a time. accelerate's loader would fetch one batch ahead, which
-    for
-    PPO means sampling from a policy that has not taken its last step."""
+    """Hands the steps to the Trainer one at a time.
+
+    accelerate's loader would fetch one batch ahead: for PPO, sample from a policy that lacks its last step.
+    """
 
     def __init__(self, engine: Engine):
         self.engine = engine
@@ -209,10 +211,9 @@ def train(engine: Trainer, run: Run) -> None:
     """Train to the end, from the newest whole checkpoint of an earlier attempt if there is one."""
     engine.remove_callback(PrinterCallback)  # what it prints is in the progress line and in metrics.jsonl
     folder = Path(engine.args.output_dir)
-    whole, broken = [], []
-    for path in folder.glob("checkpoint-*"):
-        (whole if (path / COMPLETE).exists() else broken).append(path)
-    for path in broken:
+    found = list(folder.glob("checkpoint-*"))
+    whole = [path for path in found if (path / COMPLETE).exists()]
+    for path in set(found) - set(whole):
         shutil.rmtree(path)
     newest = max(whole, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
     if newest is not None:

@@ -17,10 +17,9 @@ the passes of one update below 0.05; `value_loss` falls.
 import shutil
 from typing import Annotated, Any
 
-from stages.run import Run
-
 from annotate.records import Record, read, write
 from stages.config import KeysOf, Model, Records, StageConfig, UserError
+from stages.run import Run
 
 VERSION = 1
 

@@ -40,8 +40,8 @@ def missing_eos(
     """
     if penalty is None:
         return list(scores)
-    cut = {"subtract": lambda score: score - penalty, "replace": lambda score: -penalty}[mode]
-    return [score if ended else cut(score) for score, ended in zip(scores, stopped, strict=True)]
+    kept = 1.0 if mode == "subtract" else 0.0
+    return [score if ended else kept * score - penalty for score, ended in zip(scores, stopped, strict=True)]
 
 
 def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float) -> Tensor:

@@ -13,7 +13,6 @@ from typing import Any, Literal
 
 import torch
 from pydantic import BaseModel
-from stages.run import Run
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainingArguments
 
@@ -21,6 +20,7 @@ from annotate.records import Record, write
 from reward.sampler import Sample, Sampler
 from reward.tokens import Example, batch_of, forward, logprobs, logprobs_and_values, prompt_ids, rewards
 from stages.ppo_math import gae, missing_eos, policy_loss, token_rewards, value_loss, whiten
+from stages.run import Run
 
 
 @dataclass
@@ -171,7 +171,7 @@ class Rollouts:
         self.metrics: dict[str, float] = {}
 
     def __len__(self) -> int:
-        return self.config.updates * self.config.steps_per_update
+        return int(self.config.updates * self.config.steps_per_update)
 
     def start(self, step: int) -> Iterator[Sequence[Experience]]:
         first, within = divmod(step, self.config.steps_per_update)

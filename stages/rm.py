@@ -14,10 +14,9 @@ from collections.abc import Sequence
 from itertools import groupby
 from typing import TYPE_CHECKING, Annotated, Any
 
-from stages.run import Run
-
 from annotate.records import Judgement, read
 from stages.config import Judgements, KeysOf, Model, StageConfig, UserError
+from stages.run import Run
 
 if TYPE_CHECKING:
     from reward.losses import Comparison

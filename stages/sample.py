@@ -11,10 +11,9 @@ Writes   completions.jsonl  every reply with its token ids and log-probabilities
 from collections.abc import Sequence
 from itertools import groupby
 
-from stages.run import Run
-
 from annotate.records import Completion, Item, Record, read, write
 from stages.config import Model, Records, StageConfig, UserError
+from stages.run import Run
 
 VERSION = 1
 

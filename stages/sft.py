@@ -13,10 +13,9 @@ scoring see the same tokens.
 from collections.abc import Sequence
 from typing import Annotated, Any
 
-from stages.run import Run
-
 from annotate.records import Record, read
 from stages.config import KeysOf, Model, Records, StageConfig, UserError
+from stages.run import Run
 
 VERSION = 1
 
@@ -33,7 +32,7 @@ class Config(StageConfig):
 
 
 def main(config: Config, run: Run) -> None:
-    from datasets import Dataset
+    from datasets import Dataset, disable_progress_bars
     from trl import SFTConfig, SFTTrainer
 
     from reward.model import load_policy, load_tokenizer, save
@@ -45,6 +44,7 @@ def main(config: Config, run: Run) -> None:
     limit = min(config.max_length or 10**9, getattr(model.config, "max_position_embeddings", 10**9))
     rows = tokenized(tokenizer, records, limit, run)
 
+    disable_progress_bars()  # ours is there
     args = arguments(
         run,
         config.trainer,
@@ -54,7 +54,7 @@ def main(config: Config, run: Run) -> None:
         max_length=None,
         packing=False,
         bf16=False,
-        gradient_checkpointing=False,
+        activation_checkpointing=False,
         train_sampling_strategy="group_by_length",
     )
     trainer = SFTTrainer(
