@@ -31,6 +31,9 @@ def bag_of_words(train: Sequence[Judgement], held_out: Sequence[Judgement]) -> E
     from sklearn.linear_model import LogisticRegression
 
     decided = [j for j in train if j.preference]
+    first_wins = [(j.preference or 0) > 0 for j in decided]
+    if len(set(first_wins)) < 2:
+        return accuracy(held_out, [0.0] * len(held_out))
     words = CountVectorizer(token_pattern=r"[^\s]+", binary=False)
     words.fit(text for j in decided for text in j.completions)
 
@@ -38,8 +41,5 @@ def bag_of_words(train: Sequence[Judgement], held_out: Sequence[Judgement]) -> E
         first, second = (words.transform([j.completions[side] for j in judgements]) for side in (0, 1))
         return first - second
 
-    first_wins = [(j.preference or 0) > 0 for j in decided]
-    if len(set(first_wins)) < 2:
-        return accuracy(held_out, [0.0] * len(held_out))
     judge = LogisticRegression(max_iter=1000, fit_intercept=False).fit(features(decided), first_wins)
     return accuracy(held_out, list(judge.decision_function(features(held_out))))

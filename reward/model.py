@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -122,7 +123,7 @@ def _load(cls: Any, path: str | Path, **options: Any) -> Any:
     logging.set_verbosity_error()  # a fresh head is what is wanted; the report about it is noise
     try:
         return cls.from_pretrained(path, **options)
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0]
         raise CheckpointError(f"{path}: cannot be loaded as {cls.__name__} ({reason})") from error
     finally:
@@ -139,7 +140,7 @@ def _fit(model: Any, tokenizer: PreTrainedTokenizerBase, path: str | Path) -> An
             "they are not of the same checkpoint"
         )
     if len(tokenizer) > rows:
-        model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+        _grow(model, rows, len(tokenizer))
     for config in (model.config, getattr(model, "generation_config", None)):
         if config is not None:
             config.pad_token_id = tokenizer.pad_token_id
@@ -147,6 +148,15 @@ def _fit(model: Any, tokenizer: PreTrainedTokenizerBase, path: str | Path) -> An
             config.bos_token_id = tokenizer.bos_token_id
     disable_dropout(model)
     return model.to("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _grow(model: Any, rows: int, wanted: int) -> None:
+    """Add embeddings that start as the mean of the others: the same at every load, unlike random ones."""
+    model.resize_token_embeddings(wanted, mean_resizing=False)
+    with torch.no_grad():
+        for layer in (model.get_input_embeddings(), model.get_output_embeddings()):
+            if layer is not None:
+                layer.weight[rows:] = layer.weight[:rows].mean(0)
 
 
 def _stop_token(path: str | Path, tokenizer: PreTrainedTokenizerBase) -> str:

@@ -1,0 +1,144 @@
+"""Sampler: the distribution, its independence of the batch, and the log-probabilities it records."""
+
+import pytest
+import torch
+from transformers import GenerationConfig
+
+from annotate.records import DataError
+from reward.model import load_policy
+from reward.sampler import Sampler, _invert
+from reward.tokens import Example, logprobs
+from tests import tiny
+
+FAMILIES = ("llama", "qwen2", "gpt2")
+PROMPTS = [list(range(5, 5 + length)) for length in (3, 17, 1, 9, 30, 4, 4, 12)]
+KEYS = [f"key-{i}" for i in range(len(PROMPTS))]
+
+
+def load(family, folder):
+    """A policy that stops after some tokens: its stop token is likely after some and not after others."""
+    model, tokenizer = load_policy(tiny.save_folder(folder, family))
+    with torch.no_grad():
+        model.get_output_embeddings().weight[tokenizer.eos_token_id] *= 6
+    return model, tokenizer
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def policy(request, tmp_path_factory):
+    return load(request.param, tmp_path_factory.mktemp("policy"))
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory):
+    return load("llama", tmp_path_factory.mktemp("policy"))
+
+
+def test_temperature_to_zero_is_greedy_generation(policy):
+    model, tokenizer = policy
+    samples = Sampler(model, tokenizer, 20, temperature=1e-6).sample(PROMPTS, KEYS)
+    greedy = GenerationConfig(
+        max_new_tokens=20,
+        do_sample=False,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    for prompt, sample in zip(PROMPTS, samples, strict=True):
+        theirs = model.generate(torch.tensor([prompt]), generation_config=greedy)
+        assert sample.tokens == theirs[0, len(prompt) :].tolist()
+
+
+def test_inverse_cdf_draws_with_the_frequencies_of_the_softmax():
+    generator = torch.Generator().manual_seed(0)
+    logp = torch.randn(1, 50, generator=generator).mul(2).log_softmax(-1)
+    uniform = torch.rand(200_000, generator=generator, dtype=torch.float64)
+    drawn = torch.cat([_invert(logp.expand(len(part), -1), part) for part in uniform.split(20_000)])
+    frequency = drawn.bincount(minlength=50) / len(drawn)
+    assert (frequency - logp[0].exp()).abs().max() < 0.005
+
+
+def test_inverse_cdf_at_its_ends():
+    logp = torch.tensor([[float("-inf"), 0.5, 0.5, float("-inf")]]).log_softmax(-1)
+    assert _invert(logp, torch.tensor([0.0], dtype=torch.float64)).item() == 1
+    assert _invert(logp, torch.tensor([1 - 1e-16], dtype=torch.float64)).item() == 2
+
+
+def test_first_tokens_have_the_frequencies_of_the_model(llama):
+    model, tokenizer = llama
+    with torch.no_grad():
+        expected = (model(input_ids=torch.tensor([PROMPTS[0]])).logits[0, -1] / 0.7).softmax(-1)
+    sampler = Sampler(model, tokenizer, 1, temperature=0.7, batch_size=1000)
+    samples = sampler.sample([PROMPTS[0]] * 4000, [f"draw-{i}" for i in range(4000)])
+    frequency = torch.tensor([s.tokens[0] for s in samples]).bincount(minlength=len(expected)) / 4000
+    deviation = (expected * (1 - expected) / 4000).sqrt()
+    assert ((frequency - expected).abs() < 5 * deviation + 1e-3).all()
+
+
+def test_draws_do_not_depend_on_who_shares_the_batch(policy):
+    together = Sampler(*policy, 20).sample(PROMPTS, KEYS)
+    for batch_size in (1, 3):
+        assert tokens(Sampler(*policy, 20, batch_size=batch_size).sample(PROMPTS, KEYS)) == tokens(together)
+    backwards = Sampler(*policy, 20).sample(PROMPTS[::-1], KEYS[::-1])
+    assert tokens(backwards[::-1]) == tokens(together)
+    alone = [Sampler(*policy, 20).sample([p], [k])[0] for p, k in zip(PROMPTS, KEYS, strict=True)]
+    assert tokens(alone) == tokens(together)
+    for one, other in zip(alone, together, strict=True):
+        assert one.logprobs == pytest.approx(other.logprobs, abs=1e-5)
+
+
+def test_another_key_draws_another_reply(llama):
+    first, second = Sampler(*llama, 20).sample([PROMPTS[2]] * 2, ["a", "b"])
+    assert first.tokens != second.tokens
+
+
+@pytest.mark.parametrize("temperature", [0.7, 1.0])
+def test_recorded_logprobs_are_the_teacher_forced_ones(policy, temperature):
+    """Also of rows that go on after others have left the cache."""
+    model, tokenizer = policy
+    samples = Sampler(model, tokenizer, 25, temperature).sample(PROMPTS * 3, [f"t{i}" for i in range(24)])
+    examples = [Example(p, (s.tokens,)) for p, s in zip(PROMPTS * 3, samples, strict=True)]
+    for sample, (forced,) in zip(samples, logprobs(model, examples, temperature), strict=True):
+        assert sample.logprobs == pytest.approx(forced, abs=1e-5)
+
+
+def test_a_reply_ends_at_its_stop_token_or_at_the_limit(llama):
+    samples = Sampler(*llama, 25).sample(PROMPTS * 5, [f"s{i}" for i in range(40)])
+    stop = llama[1].eos_token_id
+    assert {s.stopped for s in samples} == {True, False}
+    for sample in samples:
+        assert sample.tokens.count(stop) == sample.stopped
+        assert sample.tokens[-1] == stop if sample.stopped else len(sample.tokens) == 25
+        assert len(sample.logprobs) == len(sample.tokens)
+
+
+def test_text_is_the_reply_without_its_stop_token(llama):
+    model, tokenizer = llama
+    sampler = Sampler(model, tokenizer, 25)
+    for sample in sampler.sample(PROMPTS * 3, [f"x{i}" for i in range(24)]):
+        assert ("<|end|>" in tokenizer.decode(sample.tokens)) == sample.stopped
+        assert "<|end|>" not in sampler.text(sample)
+
+
+def test_a_prompt_without_room_for_the_reply_is_named_in_one_line(llama):
+    with pytest.raises(DataError, match=r"prompt long: 110 tokens and 20 .* exceed the 128") as error:
+        Sampler(*llama, 20).sample([[5], [5] * 110], ["short", "long"])
+    assert "\n" not in str(error.value)
+    assert len(Sampler(*llama, 18).sample([[5] * 110], ["fits"])) == 1
+
+
+def test_sampling_leaves_the_training_mode_and_tells_the_bar(llama):
+    model, tokenizer = llama
+    seen = []
+
+    class Bar:
+        def advance(self, steps=1, /, **shown):
+            seen.append(steps)
+
+    model.train()
+    Sampler(model, tokenizer, 3, batch_size=3).sample(PROMPTS, KEYS, Bar())
+    assert model.training and seen == [3, 3, 2]
+    model.eval()
+    assert Sampler(model, tokenizer, 3).sample([], []) == []
+
+
+def tokens(samples):
+    return [s.tokens for s in samples]
