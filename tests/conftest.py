@@ -1,4 +1,4 @@
-"""For all tests: no connection leaves the machine, two threads at most, paths relative to the checkout."""
+"""For all tests: no connection leaves the machine, one thread, paths relative to the checkout."""
 
 import gzip
 import json
@@ -11,11 +11,14 @@ from pathlib import Path
 import hypothesis
 import pytest
 
+import stages  # noqa: F401 (turns telemetry off, before a library looks whether it is)
+
 ROOT = Path(__file__).parent.parent
 GUARD = Path(__file__).parent / "guard"
 
-# Before torch is imported here, and for the processes that tests start.
-os.environ["OMP_NUM_THREADS"] = "2"
+# Before torch is imported here, and for the processes that tests start. Tiny models gain nothing by a second
+# thread, and where other work keeps the cores busy two threads that wait for each other are ten times slower.
+os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(GUARD), os.environ.get("PYTHONPATH")]))
 for _name in ("http_proxy", "https_proxy", "all_proxy"):  # a proxy on loopback would be a way out
     for _variable in (_name, _name.upper()):

@@ -1,5 +1,6 @@
 """Tiny models of several families with one byte-level tokenizer, as folders that `from_pretrained` reads."""
 
+import gc
 import json
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,8 @@ from annotate.records import Judgement, Message, Record, prompt_id, write
 from stages.manifest import Manifest
 from stages.pretrain import train_tokenizer
 from stages.run import Run
+
+gc.freeze()  # every training ends with a collection: spare it what the libraries have loaded
 
 WORDS = ("kettle", "lamp", "pan", "chair", "clock", "toaster", "blanket", "mirror")
 TEXTS = [f"Hello Ann, sorry about the {word}. We will send you a new {word} today." for word in WORDS]
