@@ -29,7 +29,7 @@ commands
                      --publish       copy the report to results/<experiment>/
   status CONFIG    what is complete, what is not, and why
   clean CONFIG     remove runs that these settings no longer lead to (lists them and asks first; --yes)
-  annotate CONFIG  open the labelling page (--port 7860)
+  annotate CONFIG  open the labelling page (--port 7860; --as NAME, else the page asks who you are)
   chat RUN         talk to a policy
 
   {stages}
@@ -182,10 +182,11 @@ def _clean(argv: list[str], command: str) -> int:
 def _annotate(argv: list[str], command: str) -> int:
     parser = _parser("annotate")
     parser.add_argument("--port", type=int, default=7860)
+    parser.add_argument("--as", dest="name", metavar="NAME")
     args = parser.parse_intermixed_args(argv)
     from stages.people import annotate
 
-    annotate(args.config, args.overrides, args.port)
+    annotate(args.config, args.overrides, args.port, args.name)
     return 0
 
 

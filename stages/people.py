@@ -108,6 +108,6 @@ def _newest_items(experiment: Experiment, ref: str, seed: int) -> Path:
     }
     if not ready:
         raise UserError(
-            f"{experiment.path}: nothing to label yet: first `prefloop run {experiment.path} --only {ref}`"
+            f"{experiment.path}: nothing to label yet: first `{experiment.command}`, which samples replies"
         )
     return max(ready, key=lambda path: ready[path]) / "items.jsonl"

@@ -1,6 +1,7 @@
 """Runs what an experiment lacks: stage after stage, in this process, each in its own locked folder."""
 
 import gc
+import logging
 import random
 import sys
 from collections.abc import Collection, Sequence
@@ -137,6 +138,8 @@ def _hide_bars() -> None:
 
     disable_progress_bar()
     enable_progress_bars()
+    # Of checkpoints whose files are equally old: they are then ordered by number, which is right.
+    logging.getLogger("transformers.trainer_utils").setLevel(logging.ERROR)
 
 
 def _tidy() -> None:

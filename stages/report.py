@@ -12,6 +12,7 @@ Writes   README.md         the page to read
 `prefloop run CONFIG --publish` copies the folder to results/<experiment>/ once the run is complete.
 """
 
+import re
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -46,7 +47,7 @@ def main(config: Config, run: "Run") -> None:
     sources = lineage.sources(config.evaluations)
     seeds = [source.seed for source in sources]
     rows = collect(config.evaluations, seeds)
-    table = compute(rows, run.experiment, run.manifest.command, sources[0].known("gold_maximum"))
+    table = compute(rows, run.experiment, portable(run.manifest.command), sources[0].known("gold_maximum"))
     lineage.trace(table, sources)
     rollouts = {seed: read(path, plots.Sampled) for seed, path in zip(seeds, config.training, strict=False)}
 
@@ -56,8 +57,18 @@ def main(config: Config, run: "Run") -> None:
     pictures = draw_plots(run, rollouts, table)
     run.output("README.md").write_text(render(table, rows, pictures), encoding="utf-8")
     run.record(
-        **{f"{m}/{line.policy}": n.value for line in reversed(table.lines) for m, n in line.metrics.items()}
+        **{f"{m}/{line.policy}": n.value for line in table.lines for m, n in line.metrics.items()}
     )
+
+
+def portable(command: str) -> str:
+    """The command without the names of folders outside this one: the page is published."""
+
+    def shorten(found: re.Match[str]) -> str:
+        path = Path(found[0])
+        return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else path.name
+
+    return re.sub(r"(?<![\w.~/-])/(?!/)[^\s,\]}'\"]+", shorten, command)
 
 
 def collect(paths: Sequence[str], seeds: Sequence[int]) -> "list[Scored]":

@@ -223,7 +223,7 @@ def test_annotate_serves_the_newest_complete_sample(
 ) -> None:
     config = tmp_path / "test.yaml"
     config.write_text(EXPERIMENT)
-    with pytest.raises(UserError, match="--only sample"):
+    with pytest.raises(UserError, match="nothing to label yet: first `prefloop run"):
         annotate(str(config))
 
     for key, some in (("a", ITEMS[:10]), ("b", ITEMS[10:14]), ("c", ITEMS)):
