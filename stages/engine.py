@@ -219,4 +219,6 @@ def train(engine: Trainer, run: Run) -> None:
     if newest is not None:
         run.say(f"continuing from {newest.name}")
     engine.train(resume_from_checkpoint=str(newest) if newest else None)
+    for mark in folder.glob(f"checkpoint-*/{COMPLETE}"):
+        mark.unlink()  # a folder half removed must not look whole
     shutil.rmtree(folder, ignore_errors=True)

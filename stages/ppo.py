@@ -15,11 +15,14 @@ the passes of one update below 0.05; `value_loss` falls.
 """
 
 import shutil
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from annotate.records import Record, read, write
 from stages.config import KeysOf, Model, Records, StageConfig, UserError
 from stages.run import Run
+
+if TYPE_CHECKING:
+    from stages.ppo_trainer import Rollout
 
 VERSION = 1
 
@@ -36,7 +39,7 @@ def main(config: Config, run: Run) -> None:
 
     from reward.model import load_policy, load_reward, same_vocabulary, save
     from stages.engine import Engine, Reporting, train
-    from stages.ppo_trainer import PPO, RatioGuard, Rollouts
+    from stages.ppo_trainer import PPO, RatioGuard, Rollouts, summary
 
     records = [r for r in read(config.prompts, Record) if r.split == "train" and r.use == "policy"]
     if not records:
@@ -62,9 +65,9 @@ def main(config: Config, run: Run) -> None:
 
     del policy.value_head
     save(policy, tokenizer, run.output("model"))
-    run.record(**rollouts.metrics, updates=args.updates, optimiser_steps=len(rollouts))
-    collect_rollouts(run)
-    stopping = rollouts.metrics.get("self_stopping", 0.0)
+    last = summary([row for row in collect_rollouts(run) if row.step == args.updates])
+    run.record(**last, updates=args.updates, optimiser_steps=len(rollouts))
+    stopping = last["self_stopping"]
     run.gate("stops by itself", stopping >= 0.9, f"{stopping:.0%} of the last rollout end by themselves")
 
 
@@ -83,13 +86,15 @@ def ppo_arguments(trainer: dict[str, Any], run: Run) -> Any:
     return args
 
 
-def collect_rollouts(run: Run) -> None:
+def collect_rollouts(run: Run) -> "list[Rollout]":
+    """Every reply of the training, those of earlier attempts included."""
     from stages.ppo_trainer import Rollout
 
     folder = run.path / "rollouts"
-    parts = sorted(folder.glob("*.jsonl"))
-    write(run.output("rollouts.jsonl"), (row for part in parts for row in read(part, Rollout)))
+    rows = [row for part in sorted(folder.glob("*.jsonl")) for row in read(part, Rollout)]
+    write(run.output("rollouts.jsonl"), rows)
     shutil.rmtree(folder)
+    return rows
 
 
 if __name__ == "__main__":

@@ -241,14 +241,8 @@ class Rollouts:
         folder = self.run.path / "rollouts"
         folder.mkdir(exist_ok=True)
         write(folder / f"{update:06d}.jsonl", kept)
-        n, tokens = len(kept), sum(len(s.tokens) for s in samples)
-        self.metrics = {
-            "reward": sum(scores) / n,
-            "kl": sum(kl) / n,
-            "length": tokens / n,
-            "self_stopping": sum(s.stopped for s in samples) / n,
-            "entropy": -sum(x for s in samples for x in s.logprobs) / max(1, tokens),
-        }
+        logps = [x for sample in samples for x in sample.logprobs]
+        self.metrics = summary(kept) | {"entropy": -sum(logps) / max(1, len(logps))}
 
     def _draw_prompts(self, update: int) -> list[int]:
         """Passes over all prompts, each freshly shuffled; a pass need not end with a rollout."""
@@ -260,6 +254,17 @@ class Rollouts:
     def _permutation(self, n: int, a: int, b: int) -> list[int]:
         seed = (self.config.seed * 1_000_003 + a) * 1009 + b + 1
         return torch.randperm(n, generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+def summary(rows: Sequence[Rollout]) -> dict[str, float]:
+    """Means over the replies of a rollout."""
+    n = len(rows)
+    return {
+        "reward": sum(row.reward for row in rows) / n,
+        "kl": sum(row.kl for row in rows) / n,
+        "length": sum(row.length for row in rows) / n,
+        "self_stopping": sum(row.stopped for row in rows) / n,
+    }
 
 
 def _padded(rows: list[list[float]]) -> tuple[Tensor, Tensor]:
