@@ -86,3 +86,19 @@ def jsonl(tmp_path: Path) -> Callable[..., str]:
         return str(path)
 
     return write
+
+
+@pytest.fixture
+def fails(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """Runs a command that must fail, in one line on stderr; returns that line."""
+
+    def call(*argv: object, code: int = 1) -> str:
+        from stages import cli
+
+        capsys.readouterr()
+        assert cli.main([str(word) for word in argv]) == code
+        lines = capsys.readouterr().err.splitlines()
+        assert len(lines) == 1 and lines[0].startswith("error: "), lines
+        return lines[0]
+
+    return call

@@ -33,19 +33,6 @@ def toy(monkeypatch, tmp_path) -> str:
     return str(tmp_path / "toy.yaml")
 
 
-@pytest.fixture
-def fails(capsys):
-    """Runs a command that must fail, in one line on stderr; returns that line."""
-
-    def call(*argv: object, code: int = 1) -> str:
-        assert cli.main([str(word) for word in argv]) == code
-        lines = capsys.readouterr().err.splitlines()
-        assert len(lines) == 1 and lines[0].startswith("error: ")
-        return lines[0]
-
-    return call
-
-
 def experiment(folder: Path, stages: str) -> Path:
     path = folder / "real.yaml"
     path.write_text(f"name: real\nseed: 0\nstages:\n{stages}")

@@ -1,4 +1,4 @@
-"""The whole loop through the real command line, on configs/smoke.yaml: completes, repeats, survives being killed."""
+"""The whole loop on configs/smoke.yaml through the real command line: it completes, repeats, survives kills."""
 
 import json
 import os
