@@ -1,0 +1,103 @@
+"""Base model stage: tokenizer, weights, and what it makes of bad text."""
+
+import json
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from annotate.records import Message
+from reward.tokens import prompt_ids
+from stages import pretrain
+from stages.config import UserError
+from tests import tiny
+
+SMALL = {"vocabulary": 300, "hidden": 32, "layers": 2, "heads": 2, "positions": 64}
+TRAINER = {"max_steps": 30, "per_device_train_batch_size": 4, "warmup_steps": 2, "logging_steps": 1}
+
+
+def stage(path, text, texts=(), **settings):
+    path.mkdir(parents=True, exist_ok=True)
+    corpus = path / "corpus.txt"
+    corpus.write_bytes(text if isinstance(text, bytes) else text.encode())
+    run = tiny.run_in(path / "run", "pretrain")
+    torch.manual_seed(0)
+    config = pretrain.Config(corpus=str(corpus), texts=list(texts), **SMALL | {"trainer": TRAINER} | settings)
+    pretrain.main(config, run)
+    return run
+
+
+CORPUS = "\n\n".join(tiny.TEXTS * 4)
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory):
+    return stage(tmp_path_factory.mktemp("pretrain"), CORPUS)
+
+
+def test_any_from_pretrained_loads_it(done):
+    model = AutoModelForCausalLM.from_pretrained(done.path / "model")
+    tokenizer = AutoTokenizer.from_pretrained(done.path / "model")
+    assert model.config.model_type == "llama"
+    assert tokenizer.pad_token_id != tokenizer.eos_token_id
+    assert (model.config.pad_token_id, model.config.eos_token_id) == (
+        tokenizer.pad_token_id,
+        tokenizer.eos_token_id,
+    )
+    assert model.get_input_embeddings().weight.shape[0] == len(tokenizer) == 300
+    ids = prompt_ids(tokenizer, [Message(role="user", content="My lamp broke.")])
+    assert tokenizer.decode(ids) == "<|user|>My lamp broke.<|end|><|assistant|>"
+
+
+def test_it_learns(done):
+    lines = [json.loads(line) for line in (done.path / "metrics.jsonl").read_text().splitlines()]
+    assert len(lines) == 30 and lines[-1]["loss"] < lines[0]["loss"] - 1
+    assert done.manifest.metrics["documents"] == 32
+
+
+def test_the_same_seed_twice_gives_the_same_bytes(tmp_path, done):
+    again = stage(tmp_path, CORPUS)
+    for name in ("model.safetensors", "tokenizer.json", "tokenizer_config.json", "config.json"):
+        assert (again.path / "model" / name).read_bytes() == (done.path / "model" / name).read_bytes()
+
+
+def test_documents_longer_than_the_model_are_cut_and_no_token_is_lost(tmp_path):
+    long = " ".join(tiny.TEXTS)
+    run = stage(tmp_path, f"{long}\n\nshort", trainer=TRAINER | {"max_steps": 1})
+    tokenizer = AutoTokenizer.from_pretrained(run.path / "model")
+    lengths = [len(tokenizer(text)["input_ids"]) for text in (long, "short")]
+    assert lengths[0] > 64
+    assert run.manifest.metrics["tokens"] == sum(lengths) + 2  # and one stop token for each document
+
+
+def test_further_texts_are_read(tmp_path):
+    (tmp_path / "more.txt").write_text("One more.\n\n\n\nAnd another.\n")
+    documents = pretrain.read_documents([str(tmp_path / "more.txt")])
+    assert documents == ["One more.", "And another."]
+    run = stage(tmp_path / "run", CORPUS, [str(tmp_path / "more.txt")], trainer=TRAINER | {"max_steps": 1})
+    assert run.manifest.metrics["documents"] == 34
+
+
+@given(st.text())
+def test_every_text_comes_back_byte_for_byte(text):
+    tokenizer = pretrain.train_tokenizer(tiny.TEXTS, 300) if not KEPT else KEPT[0]
+    KEPT[:] = [tokenizer]
+    special = any(token in text for token in (pretrain.PAD, pretrain.END, *pretrain.ROLES))
+    ids = tokenizer(text)["input_ids"]
+    assert tokenizer.decode(ids, clean_up_tokenization_spaces=False) == text
+    assert special or not set(ids) & set(range(5))
+
+
+KEPT = []
+
+
+def test_no_text(tmp_path):
+    with pytest.raises(UserError, match="no text to train a base model on"):
+        stage(tmp_path, "\n\n  \n\n")
+
+
+def test_text_that_is_not_utf8(tmp_path):
+    with pytest.raises(UserError, match=r"corpus.txt: not UTF-8 text"):
+        stage(tmp_path, b"\xff\xfe\x00")
