@@ -10,14 +10,14 @@ Trained by TRL's SFTTrainer on rows that `reward/tokens.py` has rendered, so tha
 scoring see the same tokens.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Annotated, Any
 
 from annotate.records import Record, read
 from stages.config import KeysOf, Model, Records, StageConfig, UserError
 from stages.run import Run
 
-VERSION = 1
+VERSION = 2
 
 
 class Config(StageConfig):
@@ -33,7 +33,7 @@ class Config(StageConfig):
 
 def main(config: Config, run: Run) -> None:
     from datasets import Dataset, disable_progress_bars
-    from trl import SFTConfig, SFTTrainer
+    from trl import SFTConfig
 
     from reward.model import load_policy, load_tokenizer, save
     from stages.engine import Reporting, arguments, train
@@ -51,13 +51,14 @@ def main(config: Config, run: Run) -> None:
         SFTConfig,
         learning_rate=1e-3,
         lr_scheduler_type="cosine",
+        completion_only_loss=True,  # not what TRL infers for rows that are tokenized already
         max_length=None,
         packing=False,
         bf16=False,
         activation_checkpointing=False,
         train_sampling_strategy="group_by_length",
     )
-    trainer = SFTTrainer(
+    trainer = trainer_class()(
         model=model,
         args=args,
         train_dataset=Dataset.from_list(rows),
@@ -68,6 +69,45 @@ def main(config: Config, run: Run) -> None:
     train(trainer, run)
     save(model, tokenizer, run.output("model"))
     measure_stopping(model, tokenizer, records, config.max_new_tokens, run)
+
+
+def trainer_class() -> Any:
+    """TRL's SFTTrainer, whose batches of similar length depend on seed and epoch alone.
+
+    The sampler it would take draws from torch's global state: a training continued in its second epoch
+    would then see other batches than one that was never stopped.
+    """
+    from trl import SFTTrainer
+
+    class Trainer(SFTTrainer):
+        def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+            if self.args.train_sampling_strategy != "group_by_length":
+                return super()._get_train_sampler(train_dataset)
+            lengths = [len(ids) for ids in (train_dataset or self.train_dataset)["input_ids"]]
+            size = self.args.train_batch_size * self.args.gradient_accumulation_steps
+            return ByLength(lengths, size, self.args.seed)
+
+    return Trainer
+
+
+class ByLength:
+    """Indices of rows so that batches hold rows of similar length; each epoch has an order of its own."""
+
+    def __init__(self, lengths: list[int], size: int, seed: int):
+        self.lengths, self.size, self.seed, self.epoch = lengths, size, seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __iter__(self) -> Iterator[int]:
+        import torch
+        from transformers.trainer_pt_utils import get_length_grouped_indices
+
+        generator = torch.Generator().manual_seed(1_000_003 * self.seed + self.epoch)
+        return iter(get_length_grouped_indices(self.lengths, self.size, generator=generator))
 
 
 def tokenized(tokenizer: Any, records: Sequence[Record], limit: int, run: Run) -> list[dict[str, list[int]]]:

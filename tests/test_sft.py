@@ -1,0 +1,162 @@
+"""SFT stage: every row teaches to stop, nothing is cut, any local folder can be the base."""
+
+import json
+import warnings
+
+import pytest
+
+from reward.model import load_policy, load_tokenizer
+from reward.tokens import Example, completion_ids, logprobs, prompt_ids
+from stages import sft
+from stages.config import UserError
+from tests import tiny
+
+TRAINER = {
+    "num_train_epochs": 6,
+    "per_device_train_batch_size": 4,
+    "learning_rate": 1e-2,
+    "save_steps": 4,
+    "logging_steps": 1,
+}
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("folders")
+    return {name: str(tiny.save_folder(folder, name)) for name in tiny.FOLDERS}
+
+
+def stage(path, model, rows=None, **settings):
+    run = tiny.run_in(path, "sft")
+    path.parent.mkdir(exist_ok=True, parents=True)
+    data = tiny.rows_file(path.parent / "records.jsonl", tiny.records(12) if rows is None else rows)
+    chosen = {"trainer": TRAINER, "max_new_tokens": 20} | settings
+    sft.main(sft.Config(model=model, data=data, **chosen), run)
+    return run
+
+
+def logged(path):
+    return [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("name", tiny.FOLDERS)
+def test_any_local_folder_can_be_the_base(tmp_path, folders, name):
+    run = stage(tmp_path / "run", folders[name])
+    lines = logged(tmp_path / "run")
+    assert len(lines) == 18 and lines[-1]["loss"] < lines[0]["loss"] - 2
+    assert run.manifest.facts["added_to_the_checkpoint"] == load_tokenizer(folders[name])[1]
+    trained, tokenizer = load_policy(tmp_path / "run/model")
+    assert load_tokenizer(tmp_path / "run/model")[1] == []
+    start, _ = load_policy(folders[name])
+    rows = [
+        Example(prompt_ids(tokenizer, r.prompt), (completion_ids(tokenizer, r.completion),))
+        for r in tiny.records(12)
+    ]
+
+    def of_stop(model):
+        return sum(row[-1] for (row,) in logprobs(model, rows)) / 12
+
+    assert of_stop(trained) > of_stop(start) + 1  # it has learnt to end there
+    assert run.manifest.metrics["rows"] == 12 and "self_stopping" in run.manifest.metrics
+
+
+def test_loss_is_on_the_completions_alone(tmp_path, folders):
+    """The first logged loss is the mean negative log-likelihood of the completion tokens of that batch."""
+    rows = tiny.records(4)
+    stage(tmp_path / "run", folders["llama"], rows)
+    model, tokenizer = load_policy(folders["llama"])
+    examples = [
+        Example(prompt_ids(tokenizer, r.prompt), (completion_ids(tokenizer, r.completion),)) for r in rows
+    ]
+    flat = [x for (row,) in logprobs(model, examples) for x in row]
+    assert logged(tmp_path / "run")[0]["loss"] == pytest.approx(-sum(flat) / len(flat), rel=1e-3)
+
+
+def test_resumed_is_bitwise_uninterrupted(tmp_path, folders, monkeypatch):
+    from stages.engine import Reporting
+    from stages.pipeline import seed_everything
+
+    def attempt(path):
+        seed_everything(0, True)  # as the runner does before each stage
+        stage(path, folders["llama"])
+
+    attempt(tmp_path / "straight/run")
+    real = Reporting.on_step_end
+
+    def interrupted(self, args, state, control, **kwargs):
+        real(self, args, state, control, **kwargs)
+        if state.global_step == 10:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Reporting, "on_step_end", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            attempt(tmp_path / "cut/run")
+    attempt(tmp_path / "cut/run")
+    straight, cut = ((tmp_path / name / "run/model/model.safetensors") for name in ("straight", "cut"))
+    assert straight.read_bytes() == cut.read_bytes()
+    losses = [[line["loss"] for line in logged(tmp_path / name / "run")] for name in ("straight", "cut")]
+    assert losses[0] == losses[1]
+
+
+def test_rows_too_long_are_left_out_and_counted(tmp_path, folders):
+    _, tokenizer = load_policy(folders["llama"])
+    rows = tiny.records(40)
+    rows[3] = rows[3].model_copy(update={"completion": "word " * 80})
+    run = tiny.run_in(tmp_path, "sft", gate="stop")
+    kept = sft.tokenized(tokenizer, rows, 100, run)
+    assert len(kept) == 39 and max(len(row["input_ids"]) for row in kept) <= 100
+    assert run.manifest.metrics["dropped_too_long"] == 1 and run.manifest.metrics["truncated"] == 0
+    assert run.manifest.facts["dropped_ids"] == [rows[3].id]
+    for row, record in zip(kept, rows[:3], strict=False):
+        reply = [i for i, m in zip(row["input_ids"], row["completion_mask"], strict=True) if m]
+        assert tokenizer.decode(reply) == record.completion + "<|end|>"
+
+
+def test_too_many_rows_too_long_stop_the_run(tmp_path, folders):
+    _, tokenizer = load_policy(folders["llama"])
+    rows = [
+        r.model_copy(update={"completion": "word " * 80}) if i < 3 else r
+        for i, r in enumerate(tiny.records(20))
+    ]
+    with pytest.raises(UserError, match="demonstrations fit: 3 of 20 are longer than 100 tokens"):
+        sft.tokenized(tokenizer, rows, 100, tiny.run_in(tmp_path, "sft", gate="stop"))
+
+
+def test_nothing_to_train_on(tmp_path, folders):
+    for rows in ([], tiny.records(3, split="test"), tiny.records(3, use="policy")):
+        with pytest.raises(UserError, match="no demonstration to train on: 0 in the training split"):
+            stage(tmp_path / "run", folders["llama"], rows)
+    with pytest.raises(UserError, match="3 longer than 5 tokens"):
+        stage(tmp_path / "run", folders["llama"], tiny.records(3), max_length=5)
+
+
+def test_a_row_that_does_not_end_in_a_trained_stop_token_is_noticed(tmp_path, folders, monkeypatch):
+    real = sft.tokenized
+
+    def without_stop(*args):
+        return [{k: v[:-1] for k, v in row.items()} for row in real(*args)]
+
+    def stop_not_trained(*args):
+        rows = real(*args)
+        return [row | {"completion_mask": [*row["completion_mask"][:-1], 0]} for row in rows]
+
+    for broken in (without_stop, stop_not_trained):
+        monkeypatch.setattr(sft, "tokenized", broken)
+        with pytest.raises(UserError, match="does not end in a trained stop token"):
+            stage(tmp_path / "run", folders["llama"])
+
+
+def test_a_template_that_doubles_the_bos_is_noticed(tmp_path, folders):
+    _, tokenizer = load_policy(folders["llama"])
+    tokenizer.bos_token = "<|user|>"  # the template begins with it
+    tokenizer.chat_template = "{{ bos_token }}" + tokenizer.chat_template
+    with pytest.raises(UserError, match="begins with two BOS tokens: the chat template writes one too many"):
+        sft.tokenized(tokenizer, tiny.records(3), 100, tiny.run_in(tmp_path, "sft"))
+
+
+def test_nothing_deprecated_is_asked_for(tmp_path, folders, capfd):
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*gradient_checkpointing.* is deprecated")
+        stage(tmp_path / "run", folders["llama"], tiny.records(4))
+    assert "Building labels" not in capfd.readouterr().err
