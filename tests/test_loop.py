@@ -1,4 +1,4 @@
-"""The whole loop on configs/smoke.yaml through the real command line: it completes, repeats, survives kills."""
+"""The whole loop on configs/smoke.yaml through the real command line: completes, repeats, survives kills."""
 
 import json
 import os

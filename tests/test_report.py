@@ -10,6 +10,7 @@ import re
 import statistics
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -301,7 +302,7 @@ def make(folder, evaluations, training=True):
         evaluations=[str(e / "records.jsonl") for e in evaluations],
         training=[str(e / "training.jsonl") for e in evaluations] if training else [],
     )
-    command = "prefloop run configs/quickstart.yaml --seeds 0,1"
+    command = f"prefloop run {Path.cwd()}/configs/quickstart.yaml prepare.data=/a/rows.jsonl --seeds 0,1"
     run = Run(folder, Manifest(experiment="quickstart", stage="report", kind="report", command=command))
     with run.recorded():
         report.main(config, run)
@@ -342,7 +343,7 @@ def test_lineage_of_every_row(reported):
 def test_page_says_who_judged_and_how_it_was_made(reported):
     text = (reported / "README.md").read_text()
     assert "Judgements behind the trained rows: people." in text
-    assert "prefloop run configs/quickstart.yaml --seeds 0,1" in text
+    assert "prefloop run configs/quickstart.yaml prepare.data=rows.jsonl --seeds 0,1" in text
     assert "0.90 [0.86, 0.93]" in text and "3 judgements (person)" in text
     assert str(reported.parent) not in text
 
