@@ -92,6 +92,7 @@ def test_dpo_is_that_of_trl(folder, policy, reference, tmp_path):
         activation_checkpointing=False,
         max_length=None,
         disable_tqdm=True,
+        dataloader_pin_memory=False,
     )
     trainer = DPOTrainer(
         model=policy,
