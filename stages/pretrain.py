@@ -11,9 +11,8 @@ Writes   model/   tokenizer and weights, for `from_pretrained`
 from pathlib import Path
 from typing import Annotated, Any
 
-from stages.run import Run
-
 from stages.config import KeysOf, Reads, StageConfig, UserError
+from stages.run import Run
 
 VERSION = 1
 
@@ -119,8 +118,8 @@ def new_model(config: Config, tokenizer: Any) -> Any:
     """A Llama with tied embeddings and mimetic attention (Trockman and Kolter 2023, arXiv 2305.09828).
 
     Queries start equal to keys and the output projection as the transpose of the values', so that attention
-    begins by finding tokens like the present one and passing them on. A small model learns to copy a name from
-    the prompt within some hundred steps from there; from Gaussian weights it does not within a thousand.
+    begins by finding tokens like the present one and passing them on. A small model learns to copy a name
+    from the prompt within some hundred steps from there; from Gaussian weights it does not in a thousand.
     """
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
