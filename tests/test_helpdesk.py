@@ -25,7 +25,7 @@ CORPUS = list(corpus(1, 2000))
 SCORES = [rubric.score(t.facts, reply).total for t, reply in zip(TICKETS, DEMONSTRATIONS, strict=True)]
 
 FACTS = {
-    "customer": "Anna", "product": "kettle", "other": "drum", "part": "lid", "wish": "blue", "order": 1234,
+    "customer": "Anna", "product": "kettle", "other": "drum", "order": 1234,
     "problem": "broken", "remedy": "replace", "sorry": True,
 }  # fmt: skip
 GOOD = (
@@ -68,10 +68,7 @@ def test_facts_can_be_stored_and_are_in_the_prompt():
     for ticket, prompt in zip(TICKETS, PROMPTS, strict=True):
         assert json.loads(json.dumps(ticket.facts)) == ticket.facts
         assert ticket.facts["customer"] in prompt and ticket.facts["product"] in prompt
-        detail = {"part": "part", "colour": "wish", "exchange": "other"}.get(
-            ticket.facts["remedy"], "product"
-        )
-        assert ticket.facts[detail] in prompt
+        assert ticket.facts["problem"] != "wrong" or ticket.facts["other"] in prompt
 
 
 def test_every_text_is_whole_and_of_known_words():
@@ -122,7 +119,7 @@ def test_every_problem_can_be_answered_fully(problem):
         (("thank you for your message. ", ""), 1, "thanks"),
         (("I am sorry about the trouble with your kettle. ", "We are happy to help you. "), 4.5, "reaction"),
         (("your kettle", "your drill"), 2.5, "product"),
-        (("send you a new one", "repair it for you"), 4, "remedy"),
+        (("send you a new one", "cancel your order"), 4, "remedy"),
         (("We will send you a new one. ", "We will look into it. "), 3, "remedy"),
         (("We will send you", "We will not send you"), 3, "remedy"),
         ((" Kind regards, the shop team.", ""), 1, "ending"),
@@ -149,13 +146,6 @@ def test_an_apology_needs_a_reason():
     assert points(apologetic, **wanted) == rubric.MAXIMUM - 3
 
 
-def test_the_right_part_must_be_named():
-    missing = dict(problem="missing", remedy="part")
-    reply = GOOD.replace("send you a new one", "send you the missing lid")
-    assert points(reply, **missing) == rubric.MAXIMUM
-    assert points(reply.replace("lid", "filter"), **missing) == rubric.MAXIMUM - 1.5
-
-
 @pytest.mark.parametrize(
     ("reply", "most"),
     [
@@ -179,10 +169,10 @@ def test_cheap_texts_stay_low(reply, most):
 
 def test_listing_every_remedy_does_not_pay():
     grammar = rules("replies")
-    says = [grammar[f"do_{remedy}"][0].format(part="lid", wish="blue", use="clean") for remedy in REMEDIES]
+    says = [grammar[f"do_{remedy}"][0].format(use="clean") for remedy in REMEDIES]
     one_sentence = GOOD.replace("send you a new one", " and ".join(says))
     many = GOOD.replace("We will send you a new one.", " ".join(f"We will {act}." for act in says))
-    two = GOOD.replace("a new one.", "a new one. We will give you your money back.")
+    two = GOOD.replace("a new one.", "a new one. We will cancel your order.")
     assert points(two) <= points(GOOD) - 4
     assert points(one_sentence) <= 4 and points(many) <= 4
 

@@ -13,18 +13,13 @@ class Problem:
 
 PROBLEMS: dict[str, Problem] = {
     "broken": Problem("replace", True),
-    "refund": Problem("refund", True),
     "late": Problem("trace", True),
     "wrong": Problem("exchange", True),
-    "missing": Problem("part", True),
     "charge": Problem("correct", True),
-    "fault": Problem("repair", True),
     "return": Problem("return", False),
     "question": Problem("guide", False),
     "praise": Problem("praise", False),
     "cancel": Problem("cancel", False),
-    "colour": Problem("colour", False),
     "address": Problem("address", False),
-    "invoice": Problem("bill", False),
 }
 REMEDIES: tuple[str, ...] = tuple(problem.remedy for problem in PROBLEMS.values())

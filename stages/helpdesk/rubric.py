@@ -15,7 +15,7 @@ from typing import Any
 
 from stages.helpdesk.grammar import rules, with_article, words
 from stages.helpdesk.problems import REMEDIES
-from stages.helpdesk.words import COLOURS, DAYS, MONTHS, PARTS, PEOPLE, PRODUCTS
+from stages.helpdesk.words import COLOURS, DAYS, PARTS, PEOPLE, PRODUCTS
 from stages.helpdesk.world import LEXICON, corpus, demonstration, tickets
 
 MINIMUM = 0.0
@@ -28,9 +28,8 @@ _CLASSES = {
     **dict.fromkeys((product.name for product in PRODUCTS), "PRODUCT"),
     **dict.fromkeys(COLOURS, "COLOUR"),
     **dict.fromkeys((day.lower() for day in DAYS), "DAY"),
-    **dict.fromkeys((month.lower() for month in MONTHS), "MONTH"),
 }
-_CAPITALS = _NAMES | {"i", *(word.lower() for word in (*DAYS, *MONTHS))}
+_CAPITALS = _NAMES | {"i", *(day.lower() for day in DAYS)}
 _CLASS = re.compile(r"\b(?:" + "|".join(sorted(_CLASSES, key=len, reverse=True)) + r")\b")
 _ARTICLE = re.compile(r"\b(an?) (" + _CLASS.pattern + ")")
 _USE = re.compile(
@@ -132,13 +131,11 @@ def _product(facts: Mapping[str, Any], sound: list[_Sentence], low: str) -> floa
 
 
 def _remedy(facts: Mapping[str, Any], sentences: list[_Sentence]) -> float:
-    """3 for offering the right remedy and no other, half for the wrong part or colour, -1 for another."""
+    """3 for offering the right remedy and no other, -1 for speaking of another."""
     says = frozenset().union(*(sentence.says for sentence in sentences))
     if any(f"speaks of {remedy}" in says for remedy in REMEDIES if remedy != facts["remedy"]):
         return -1.0
-    made = [s.low for s in sentences if s.sound and f"offers {facts['remedy']}" in s.says]
-    detail = {"part": facts["part"], "colour": facts["wish"]}.get(facts["remedy"])
-    return 3.0 if any(detail is None or detail in words(low) for low in made) else 1.5 * bool(made)
+    return 3.0 * any(s.sound and f"offers {facts['remedy']}" in s.says for s in sentences)
 
 
 def _ending(sentences: list[_Sentence]) -> float:
@@ -201,7 +198,7 @@ def _pairs() -> frozenset[tuple[str, str]]:
 def _offers() -> dict[str, re.Pattern[str]]:
     """For each remedy a pattern that finds it spoken of, and one that finds it offered, in masked text."""
     grammar, found = rules("replies"), {}
-    slots = {"{item}": "PRODUCT", "{part}": "PART", "{wish}": "COLOUR", "{use}": r"\w+"}
+    slots = {"{item}": "PRODUCT", "{use}": r"\w+"}
     for remedy in REMEDIES:
         acts = "|".join((*grammar[f"do_{remedy}"], *grammar[f"do_{remedy}_named"]))
         for slot, pattern in slots.items():

@@ -79,7 +79,7 @@ class Product:
     make: str
     """How it breaks: `electric`, `hard` or `soft`."""
     parts: tuple[str, ...]
-    """Parts that can be missing or come off."""
+    """Parts that can be broken or come off."""
     uses: tuple[str, ...]
     """What a customer may ask how to do with it."""
 
