@@ -74,6 +74,7 @@ def new_reward_model(path: str | Path) -> tuple[Any, PreTrainedTokenizerBase]:
     """
     tokenizer, _ = load_tokenizer(path)
     model = _load(AutoModelForSequenceClassification, path, num_labels=1, dtype=torch.float32)
+    model.config.reward_reads = "reply"  # see reward.tokens.scores
     nn.init.normal_(model.score.weight, std=1 / math.sqrt(model.config.hidden_size + 1))
     return _fit(model, tokenizer, path), tokenizer
 

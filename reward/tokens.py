@@ -110,17 +110,23 @@ def forward(model: nn.Module, batch: Batch, temperature: float = 1.0) -> tuple[T
 
 
 def scores(model: Any, batch: Batch) -> Tensor:
-    """(R,) fp32 scalar rewards of a sequence-classification model, read at each row's last token.
+    """(R,) fp32 scalar rewards of a sequence-classification model.
 
-    The position comes from the attention mask; `transformers` would look for the last id that is not pad,
-    which reads the wrong token where pad = eos.
+    Where its config says `reward_reads: reply` (ours do) the reward is the head's mean over the states of the
+    reply's tokens, the stop token included: each carries what is right or wrong at that place, which a small
+    model cannot gather at the end. Else it is read at the last token, as elsewhere. Positions come from the
+    masks; `transformers` would look for the last id that is not pad, the wrong token where pad = eos.
     """
     hidden = model.base_model(
         input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False
     ).last_hidden_state
-    last = torch.zeros_like(batch.attention_mask, dtype=torch.bool)
-    last.scatter_(1, batch.attention_mask.sum(1, keepdim=True) - 1, True)
-    return model.score(hidden[last]).float().squeeze(-1)  # type: ignore[no-any-return]
+    at_token = model.score(hidden).float().squeeze(-1)
+    if getattr(model.config, "reward_reads", "last") == "reply":
+        reads = batch.predicts.roll(1, dims=1)
+    else:
+        reads = torch.zeros_like(batch.predicts)
+        reads.scatter_(1, batch.attention_mask.sum(1, keepdim=True) - 1, True)
+    return (at_token * reads).sum(1) / reads.sum(1).clamp(min=1)
 
 
 def logprobs(

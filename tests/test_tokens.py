@@ -105,14 +105,18 @@ def test_values_are_the_head_on_what_the_language_model_head_reads(tmp_path):
     torch.testing.assert_close(torch.tensor(row[1]), expected, atol=1e-5, rtol=0)
 
 
-def test_scores_are_those_of_each_row_alone_at_its_last_token(reward_model):
+@pytest.mark.parametrize("reads", ["reply", "last"])
+def test_scores_are_those_of_each_row_alone(reward_model, monkeypatch, reads):
+    """Read over the states of the reply's tokens, or at the last token only."""
+    monkeypatch.setattr(reward_model.config, "reward_reads", reads)
     together = rewards(reward_model, EXAMPLES)
     for example, row in zip(EXAMPLES, together, strict=True):
         for completion, score in zip(example.completions, row, strict=True):
             with torch.no_grad():
                 ids = torch.tensor([example.prompt + completion])
                 hidden = reward_model.base_model(input_ids=ids).last_hidden_state
-                expected = reward_model.score(hidden[0, -1]).item()
+                first = len(example.prompt) if reads == "reply" else -1
+                expected = reward_model.score(hidden[0, first:]).mean().item()
             assert score == pytest.approx(expected, abs=1e-5)
 
 
@@ -123,8 +127,9 @@ def test_neither_padding_nor_its_id_changes_a_score(reward_model):
     torch.testing.assert_close(other[:4], together, atol=1e-5, rtol=0)
 
 
-def test_scores_agree_with_transformers_where_pad_is_not_in_the_text(reward_model):
+def test_scores_agree_with_transformers_where_pad_is_not_in_the_text(reward_model, monkeypatch):
     """Its own classification reads the last token that is not pad: the same where that is unambiguous."""
+    monkeypatch.setattr(reward_model.config, "reward_reads", "last")
     batch = batch_of(reward_model, EXAMPLES)
     with torch.no_grad():
         theirs = reward_model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits[:, 0]
