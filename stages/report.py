@@ -56,9 +56,7 @@ def main(config: Config, run: "Run") -> None:
     run.output("table.json").write_text(table.model_dump_json(indent=2) + "\n", encoding="utf-8")
     pictures = draw_plots(run, rollouts, table)
     run.output("README.md").write_text(render(table, rows, pictures), encoding="utf-8")
-    run.record(
-        **{f"{m}/{line.policy}": n.value for line in table.lines for m, n in line.metrics.items()}
-    )
+    run.record(**{f"{m}/{line.policy}": n.value for line in table.lines for m, n in line.metrics.items()})
 
 
 def portable(command: str) -> str:
