@@ -126,7 +126,8 @@ def scores(model: Any, batch: Batch) -> Tensor:
     else:
         reads = torch.zeros_like(batch.predicts)
         reads.scatter_(1, batch.attention_mask.sum(1, keepdim=True) - 1, True)
-    return (at_token * reads).sum(1) / reads.sum(1).clamp(min=1)
+    total: Tensor = (at_token * reads).sum(1)
+    return total / reads.sum(1).clamp(min=1)
 
 
 def logprobs(
