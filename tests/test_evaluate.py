@@ -100,7 +100,7 @@ def test_base_loss_is_that_of_the_bare_text(models):
     assert empty.base_loss is None
 
 
-def test_reward_is_read_at_the_last_token(models, replies):
+def test_reward_is_read_over_the_whole_reply(models, replies):
     from transformers import AutoModelForSequenceClassification
 
     flat = [reply for group in replies for reply in group]
@@ -109,7 +109,7 @@ def test_reward_is_read_at_the_last_token(models, replies):
     for reply in flat:
         with torch.no_grad():
             hidden = model.base_model(input_ids=torch.tensor([reply.prompt + reply.tokens])).last_hidden_state
-            expected = model.score(hidden[0, -1]).item()
+            expected = model.score(hidden[0, len(reply.prompt) :]).mean().item()
         assert reply.reward == pytest.approx(expected, abs=1e-4)
 
 
