@@ -7,7 +7,8 @@ Reads    policy       whose trunk and tokenizer it starts from, usually the SFT 
 Writes   model/       a sequence-classification model with one label, for `from_pretrained`
 
 Comparisons of the training split train it, those of validation and test measure it. It reads token ids, the
-stop token included; the reward is the mean of the head over the reply (`reward.tokens.scores`). Its accuracy stands beside two trivial judges: "longer wins" and a bag of words.
+stop token included; the reward is the mean of the head over the reply (`reward.tokens.scores`). Its accuracy
+stands beside two trivial judges: "longer wins" and a bag of words.
 """
 
 from collections.abc import Sequence
