@@ -118,8 +118,8 @@ def new_model(config: Config, tokenizer: Any) -> Any:
     """A Llama with tied embeddings and mimetic attention (Trockman and Kolter 2023, arXiv 2305.09828).
 
     Queries start equal to keys and the output projection as the transpose of the values', so that attention
-    begins by finding tokens like the present one and passing them on. A small model learns to copy a name
-    from the prompt within some hundred steps from there; from Gaussian weights it does not in a thousand.
+    begins by finding tokens like the present one and passing them on: from there a small model learns to copy
+    a name from the prompt in far fewer steps than from Gaussian weights.
     """
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
