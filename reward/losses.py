@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from annotate.records import Judgement
-from reward.tokens import Example, batch_of, device_of, scores
+from reward.batch import Example
+from reward.tokens import batch_of, device_of, scores
 
 
 @dataclass(frozen=True)

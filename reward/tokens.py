@@ -4,7 +4,7 @@ Every trainer, the sampler and the evaluator go through here, so that what is tr
 the same sequence: the chat template up to the reply, the reply's own tokens, the stop token.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -14,63 +14,21 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from annotate.records import Message
+from reward.batch import Batch, Example, micro_batches
+from reward.head import LARGE, head_logprobs
 
 T = TypeVar("T")
 
-MAX_TOKENS = 8192
-"""Padded tokens of one forward pass; smaller passes cost calls, larger ones memory."""
-
 
 @dataclass(frozen=True)
-class Example:
-    """A prompt and its completions (1 for SFT, 2 for a pair, k for a ranking), as token ids."""
+class Path:
+    """Which shortcuts `reward.paths.choose` found to give the model's own numbers; none before it looked."""
 
-    prompt: list[int]
-    completions: tuple[list[int], ...]
-
-    @property
-    def length(self) -> int:
-        """Tokens of the longest row."""
-        return len(self.prompt) + max(map(len, self.completions))
-
-
-@dataclass(frozen=True)
-class Batch:
-    """R rows (every completion of every example, in order) right-padded to T; completions padded to C."""
-
-    input_ids: Tensor
-    """(R, T) long."""
-    attention_mask: Tensor
-    """(R, T) long, 1 at tokens. Never inferred from ids, so pad = eos would be legal."""
-    predicts: Tensor
-    """(R, T) bool, True where the next token belongs to the completion."""
-    targets: Tensor
-    """(N,) long, all completion tokens, row by row."""
-    mask: Tensor
-    """(R, C) bool, True at completion tokens."""
-
-    @classmethod
-    def of(cls, examples: Sequence[Example], pad: int, device: torch.device | str = "cpu") -> "Batch":
-        rows = [(example.prompt, completion) for example in examples for completion in example.completions]
-        width = max(len(prompt) + len(completion) for prompt, completion in rows)
-        ids = torch.full((len(rows), width), pad)
-        attention = torch.zeros(len(rows), width, dtype=torch.long)
-        predicts = torch.zeros(len(rows), width, dtype=torch.bool)
-        mask = torch.zeros(len(rows), max(1, *(len(c) for _, c in rows)), dtype=torch.bool)
-        for r, (prompt, completion) in enumerate(rows):
-            p, n = len(prompt), len(prompt) + len(completion)
-            ids[r, :n] = torch.tensor(prompt + completion)
-            attention[r, :n] = 1
-            predicts[r, p - 1 : n - 1] = True
-            mask[r, : n - p] = True
-        targets = torch.tensor([token for _, completion in rows for token in completion], dtype=torch.long)
-        return cls(*(t.to(device) for t in (ids, attention, predicts, targets, mask)))
-
-    def pad(self, flat: Tensor) -> Tensor:
-        """(N,) values of the completion tokens -> (R, C), zero elsewhere."""
-        return torch.zeros(self.mask.shape, dtype=flat.dtype, device=flat.device).masked_scatter(
-            self.mask, flat
-        )
+    shares: bool = False
+    """The completions of one prompt share a row."""
+    chunks: bool = False
+    """Logits are the head's product with the trunk's states, so they can be made in chunks."""
+    why: str = "not tried"
 
 
 def prompt_ids(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> list[int]:
@@ -89,45 +47,60 @@ def completion_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
 def forward(model: nn.Module, batch: Batch, temperature: float = 1.0) -> tuple[Tensor, Tensor | None]:
     """Log-probabilities of the completion tokens and, where the model carries a `value_head`, state values.
 
-    Returns two (R, C) fp32 tensors, zero outside `batch.mask`; the second is None without a value head.
-    Logits are made at the predicting positions only (the model's own head: scales and soft caps apply) and
-    divided by the temperature before the log-softmax, as in the distribution that was sampled from.
+    Returns two (K, C) fp32 tensors, zero outside `batch.mask`; the second is None without a value head.
+    Logits are made at the predicting positions only and divided by the temperature before the log-softmax,
+    as in the distribution that was sampled from. Where all of them together would be large, and the model's
+    head is known to be a plain product (`reward.paths`), they are made in chunks and never kept.
     """
-    with _HeadInput(model) as hidden:
-        logits = model(
-            input_ids=batch.input_ids,
-            attention_mask=batch.attention_mask,
-            logits_to_keep=batch.predicts,
-            use_cache=False,
-        ).logits
-    logits = logits.float()
-    if temperature != 1.0:  # a division by 1 would still be a pass over the largest tensor there is
-        logits = logits / temperature
-    logps = -F.cross_entropy(logits, batch.targets, reduction="none")
-    head = getattr(model, "value_head", None)
-    values = None if head is None else batch.pad(head(hidden.states.float()).squeeze(-1))
+    path: Path = getattr(model, "path", Path())
+    vocabulary = model.get_output_embeddings().weight.shape[0]  # type: ignore[operator]
+    value_head = getattr(model, "value_head", None)
+    if path.chunks and batch.targets.numel() * vocabulary > LARGE:
+        states = trunk(model)(**inputs(model, batch)).last_hidden_state[batch.predicts]
+        weight = model.get_output_embeddings().weight  # type: ignore[operator]
+        logps = head_logprobs(states, weight, batch.targets, temperature)
+    else:
+        with _HeadInput(model, wanted=value_head is not None) as hidden:
+            logits = model(**inputs(model, batch), logits_to_keep=batch.predicts).logits
+        logits, states = logits.float(), hidden.states
+        if temperature != 1.0:  # a division by 1 would still be a pass over the largest tensor there is
+            logits = logits / temperature
+        logps = -F.cross_entropy(logits, batch.targets, reduction="none")
+    values = None if value_head is None else batch.pad(value_head(states.float()).squeeze(-1))
     return batch.pad(logps), values
 
 
 def scores(model: Any, batch: Batch) -> Tensor:
-    """(R,) fp32 scalar rewards of a sequence-classification model.
+    """(K,) fp32 scalar rewards of a sequence-classification model.
 
     Where its config says `reward_reads: reply` (ours do) the reward is the head's mean over the states of the
     reply's tokens, the stop token included: each carries what is right or wrong at that place, which a small
     model cannot gather at the end. Else it is read at the last token, as elsewhere. Positions come from the
-    masks; `transformers` would look for the last id that is not pad, the wrong token where pad = eos.
+    segments; `transformers` would look for the last id that is not pad, the wrong token where pad = eos.
     """
-    hidden = model.base_model(
-        input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False
-    ).last_hidden_state
-    at_token = model.score(hidden).float().squeeze(-1)
+    hidden = trunk(model)(**inputs(model, batch)).last_hidden_state
+    at_token = batch.pad(model.score(hidden[batch.predicts.roll(1, dims=1)]).float().squeeze(-1))
+    lengths = batch.mask.sum(1).clamp(min=1)
     if getattr(model.config, "reward_reads", "last") == "reply":
-        reads = batch.predicts.roll(1, dims=1)
-    else:
-        reads = torch.zeros_like(batch.predicts)
-        reads.scatter_(1, batch.attention_mask.sum(1, keepdim=True) - 1, True)
-    total: Tensor = (at_token * reads).sum(1)
-    return total / reads.sum(1).clamp(min=1)
+        total: Tensor = at_token.sum(1) / lengths
+        return total
+    return at_token.gather(1, lengths[:, None] - 1).squeeze(1)
+
+
+def inputs(model: Any, batch: Batch) -> dict[str, Any]:
+    """What the model is called with: an ordinary causal batch, or one of shared rows."""
+    given = {"input_ids": batch.input_ids, "use_cache": False}
+    if not batch.shared:
+        return given | {"attention_mask": batch.attention_mask()}
+    eager = model.config._attn_implementation == "eager"
+    mask = batch.attention_mask(next(model.parameters()).dtype if eager else None)
+    return given | {"attention_mask": mask, "position_ids": batch.position_ids}
+
+
+def trunk(model: Any) -> Any:
+    """The model without its head. Adapters sit inside its layers, so they act."""
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return inner.base_model
 
 
 def logprobs(
@@ -157,23 +130,9 @@ def rewards(model: nn.Module, examples: Sequence[Example]) -> list[list[float]]:
     return _without_grad(model, examples, lambda batch: scores(model, batch).tolist())
 
 
-def micro_batches(examples: Sequence[Any], max_tokens: int = MAX_TOKENS) -> Iterator[list[int]]:
-    """Indices in groups of similar length whose padded size stays under `max_tokens` (one example at least).
-
-    `examples` have `length` and `completions`. Sorting by length is what saves padding; the order of the
-    groups does not matter to a loss that is normalised over the whole step.
-    """
-    group: list[int] = []
-    rows = 0
-    for index in sorted(range(len(examples)), key=lambda i: (examples[i].length, i)):
-        k = len(examples[index].completions)
-        if group and (rows + k) * examples[index].length > max_tokens:
-            yield group
-            group, rows = [], 0
-        group.append(index)
-        rows += k
-    if group:
-        yield group
+def token_budget(model: nn.Module) -> int:
+    """Padded tokens of one forward pass. On a CPU what fits its caches is fastest; a GPU wants large ones."""
+    return 1024 if device_of(model).type == "cpu" else 16384
 
 
 @torch.no_grad()
@@ -183,7 +142,7 @@ def _without_grad(
     results: list[list[T]] = [[] for _ in examples]
     training = model.training
     model.eval()
-    for group in micro_batches(examples):
+    for group in micro_batches(examples, token_budget(model), shares(model)):
         batch = batch_of(model, [examples[i] for i in group])
         rows = iter(rows_of(batch))
         for i in group:
@@ -193,7 +152,13 @@ def _without_grad(
 
 
 def batch_of(model: nn.Module, examples: Sequence[Example]) -> Batch:
-    return Batch.of(examples, pad_id(model), device_of(model))
+    return Batch.of(examples, pad_id(model), device_of(model), shares(model))
+
+
+def shares(model: nn.Module) -> bool:
+    """May the completions of one prompt share a row? Not before `reward.paths.choose` has tried it."""
+    path: Path = getattr(model, "path", Path())
+    return path.shares
 
 
 def pad_id(model: nn.Module) -> int:
@@ -212,9 +177,8 @@ def _rows(values: Tensor, mask: Tensor) -> list[list[float]]:
 class _HeadInput:
     """Catches what the language-model head is given, which is what a value head on the same trunk reads."""
 
-    def __init__(self, model: nn.Module):
-        self.wanted = hasattr(model, "value_head")
-        self.model = model
+    def __init__(self, model: nn.Module, wanted: bool):
+        self.wanted, self.model = wanted, model
         self.states = torch.empty(0)
 
     def __enter__(self) -> "_HeadInput":

@@ -60,7 +60,8 @@ def preference_pairs(
     reference: Any, tokenizer: Any, rows: Sequence[Judgement], limit: int, run: Run
 ) -> "list[Pair]":
     """Pairs with a preferred side, with the reference's log-probability of both."""
-    from reward.tokens import Example, logprobs
+    from reward.batch import Example
+    from reward.tokens import logprobs
     from stages.objectives import Pair
 
     ordered = []

@@ -17,7 +17,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
-from reward.tokens import MAX_TOKENS, micro_batches
+from reward.batch import micro_batches
+from reward.paths import choose, describe
+from reward.tokens import shares, token_budget
 from stages.config import UserError
 from stages.run import Run
 
@@ -25,7 +27,7 @@ COMPLETE = "complete"
 """Marks a checkpoint folder whose files are all there: the Trainer writes them one after another."""
 
 MAX_SKIPPED = 10
-"""Steps in a row without a finite gradient after which training ends."""
+"""Steps in a row without a finite gradient at which training ends."""
 
 
 class Objective(Protocol):
@@ -85,7 +87,7 @@ class Engine(Trainer):
         objective: Objective,
         steps: Steps,
         callbacks: list[TrainerCallback] | None = None,
-        max_tokens: int = MAX_TOKENS,
+        max_tokens: int | None = None,
     ):
         args.max_steps, args.gradient_accumulation_steps = len(steps), 1  # a batch is the whole step already
         args.ignore_data_skip = True  # the loader below starts where training stopped
@@ -93,7 +95,10 @@ class Engine(Trainer):
         args.logging_nan_inf_filter = False  # a loss that is not finite has to be seen
         args.max_grad_norm = args.max_grad_norm or math.inf  # without clipping the norm is still looked at
         super().__init__(model=model, args=args, callbacks=callbacks)
-        self.objective, self.steps, self.max_tokens = objective, steps, max_tokens
+        if isinstance(steps, Epochs):
+            choose(model, steps.examples)
+        self.objective, self.steps = objective, steps
+        self.max_tokens = max_tokens or token_budget(model)
         self.sums: dict[str, float] = defaultdict(float)
         self.skipped = 0
 
@@ -107,7 +112,7 @@ class Engine(Trainer):
         model.train()
         total = torch.zeros((), device=self.args.device)
         weight = self.objective.weight(inputs) if inputs else 1.0
-        for group in micro_batches(inputs, self.max_tokens):
+        for group in micro_batches(inputs, self.max_tokens, shares(self.model)):
             with self.compute_loss_context_manager():
                 loss, metrics = self.objective.loss(model, [inputs[i] for i in group])
             self.accelerator.backward(loss / weight)
@@ -126,7 +131,7 @@ class Engine(Trainer):
         self.skipped += 1
         self.sums["skipped_steps"] += 1
         model.zero_grad(set_to_none=True)
-        if self.skipped > MAX_SKIPPED:
+        if self.skipped >= MAX_SKIPPED:
             raise UserError(
                 f"no finite gradient in {self.skipped} steps in a row (step {self.state.global_step + 1}): "
                 "lower trainer.learning_rate"
@@ -172,6 +177,8 @@ class Reporting(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.bar = self.run.progress(self.description, total=state.max_steps, unit="steps").__enter__()
         self.bar.advance(state.global_step)
+        if path := getattr(kwargs["model"], "path", None):
+            self.run.record(path=describe(path))
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.bar.advance(1)

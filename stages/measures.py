@@ -68,8 +68,9 @@ def sample(
 
 def measure_kl(sft: str, replies: Sequence[Reply]) -> None:
     """log pi(y|x) - log pi_sft(y|x) of every reply, nats."""
+    from reward.batch import Example
     from reward.model import load_policy
-    from reward.tokens import Example, logprobs
+    from reward.tokens import logprobs
 
     model, _ = load_policy(sft)
     found = logprobs(model, [Example(r.prompt, (r.tokens,)) for r in replies])
@@ -83,8 +84,9 @@ def measure_base_loss(base: str, replies: Sequence[Reply]) -> None:
     The reply stands alone, as a document would, without chat frame, prompt and stop token. Empty replies have
     no loss.
     """
+    from reward.batch import Example
     from reward.model import load_policy
-    from reward.tokens import Example, logprobs
+    from reward.tokens import logprobs
 
     model, tokenizer = load_policy(base)
     start = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
@@ -101,8 +103,9 @@ def measure_base_loss(base: str, replies: Sequence[Reply]) -> None:
 
 def measure_reward(path: str, replies: Sequence[Reply]) -> None:
     """The reward model's score of every reply, stop token included."""
+    from reward.batch import Example
     from reward.model import load_reward
-    from reward.tokens import Example, rewards
+    from reward.tokens import rewards
 
     model, _ = load_reward(path)
     found = rewards(model, [Example(r.prompt, (r.tokens,)) for r in replies])
@@ -112,8 +115,9 @@ def measure_reward(path: str, replies: Sequence[Reply]) -> None:
 
 def score_items(path: str, items: Sequence[Item]) -> list[list[float]]:
     """The reward model's scores of every item's completions."""
+    from reward.batch import Example
     from reward.model import load_reward
-    from reward.tokens import Example, completion_ids, prompt_ids, rewards
+    from reward.tokens import completion_ids, prompt_ids, rewards
 
     model, tokenizer = load_reward(path)
     examples = [

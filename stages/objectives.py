@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from reward.tokens import Example, batch_of, forward
+from reward.batch import Example
+from reward.tokens import batch_of, forward
 
 
 @dataclass(frozen=True)

@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainingArguments
 
 from annotate.records import Record, write
+from reward.batch import Example
 from reward.sampler import Sample, Sampler
-from reward.tokens import Example, batch_of, forward, logprobs, logprobs_and_values, prompt_ids, rewards
+from reward.tokens import batch_of, forward, logprobs, logprobs_and_values, prompt_ids, rewards
 from stages.ppo_math import gae, missing_eos, policy_loss, token_rewards, value_loss, whiten
 from stages.run import Run
 

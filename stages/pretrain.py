@@ -45,8 +45,8 @@ class Config(StageConfig):
 
 
 def main(config: Config, run: Run) -> None:
+    from reward.batch import Example
     from reward.model import save
-    from reward.tokens import Example
     from stages.engine import Engine, Epochs, Reporting, arguments, train
     from stages.objectives import NLL
 

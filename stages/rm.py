@@ -22,7 +22,7 @@ from stages.run import Run
 if TYPE_CHECKING:
     from reward.losses import Comparison
 
-VERSION = 1
+VERSION = 2
 
 
 class Config(StageConfig):
@@ -56,6 +56,7 @@ def main(config: Config, run: Run) -> None:
     save(model, tokenizer, run.output("model"))
     run.record(**facts)
     reloaded, _ = load_reward(run.output("model"))
+    reloaded.path = model.path
     check_reload(model, reloaded, examples[:16])
     measure(reloaded, tokenizer, train_rows, held_out, limit, run)
 
@@ -115,7 +116,8 @@ def score_differences(
     model: Any, tokenizer: Any, judgements: Sequence[Judgement], limit: int
 ) -> list[float | None]:
     """Score of the first completion minus that of the second; None where the model cannot hold the pair."""
-    from reward.tokens import Example, completion_ids, prompt_ids, rewards
+    from reward.batch import Example
+    from reward.tokens import completion_ids, prompt_ids, rewards
 
     examples = [
         Example(

@@ -62,7 +62,7 @@ BAD_COMMANDS = {
         "run",
         EXPERIMENT,
         "sft.trainer.learning_rat=1",
-    ): "trl.SFTConfig has no such setting; did you mean learning_rate?",
+    ): "transformers.TrainingArguments has no such setting; did you mean learning_rate?",
 }
 
 

@@ -4,8 +4,9 @@ import math
 
 import pytest
 
+from reward.batch import Example
 from reward.model import load_policy
-from reward.tokens import Example, completion_ids, logprobs, prompt_ids
+from reward.tokens import completion_ids, logprobs, prompt_ids
 from stages import dpo
 from stages.config import UserError
 from stages.objectives import DPO

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import TrainerCallback, TrainingArguments
 
-from reward.tokens import Example
+from reward.batch import Example
 from stages.config import UserError
 from stages.engine import COMPLETE, MAX_SKIPPED, Engine, Epochs, Reporting, arguments, train
 from stages.objectives import NLL
@@ -195,7 +195,7 @@ def test_a_step_without_a_finite_gradient_changes_nothing(tmp_path, max_grad_nor
 
 def test_training_ends_when_no_gradient_is_finite_any_more(tmp_path):
     bad = Example([7], ([8, 1],))
-    with pytest.raises(UserError, match=r"no finite gradient in 11 steps in a row \(step 12\): lower"):
+    with pytest.raises(UserError, match=r"no finite gradient in 10 steps in a row \(step 11\): lower"):
         trained(tmp_path, steps=Fixed([examples(2)] + [[bad]] * 20), objective=Poisoned(bad), **CONSTANT)
     assert MAX_SKIPPED == 10
 

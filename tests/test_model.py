@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from annotate.records import Message
+from reward.batch import Example
 from reward.model import (
     CheckpointError,
     disable_dropout,
@@ -15,7 +16,7 @@ from reward.model import (
     save,
     without_gradient,
 )
-from reward.tokens import Example, completion_ids, logprobs, prompt_ids, rewards
+from reward.tokens import completion_ids, logprobs, prompt_ids, rewards
 from tests import tiny
 
 ADDED = {

@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from annotate.records import Message
+from reward.batch import Example
 from reward.model import load_policy, load_tokenizer
-from reward.tokens import Example, completion_ids, logprobs, prompt_ids
+from reward.tokens import completion_ids, logprobs, prompt_ids
 from stages.objectives import DPO, NLL, Pair, dpo_loss
 from tests import tiny
 

@@ -7,8 +7,9 @@ import torch
 from torch import nn
 
 from annotate.records import read
+from reward.batch import Example
 from reward.model import load_policy, new_reward_model, save, without_gradient
-from reward.tokens import Example, logprobs
+from reward.tokens import logprobs
 from stages import ppo
 from stages.config import UserError
 from stages.engine import Engine, Reporting, train

@@ -62,7 +62,8 @@ def test_it_learns_the_preference_and_is_measured_on_held_out_judgements(done):
 
 
 def test_the_saved_model_scores_kind_above_rude(done, policy):
-    from reward.tokens import Example, completion_ids, prompt_ids, rewards
+    from reward.batch import Example
+    from reward.tokens import completion_ids, prompt_ids, rewards
 
     model, tokenizer = load_reward(done.path / "model")
     rows = [tiny.judgement(1000 + i, KIND, RUDE, None) for i in range(5)]
@@ -108,8 +109,8 @@ def test_accuracy_below_chance_stops_the_run(tmp_path, policy):
 
 
 def test_a_head_that_was_lost_on_the_way_is_noticed(policy):
+    from reward.batch import Example
     from reward.model import new_reward_model
-    from reward.tokens import Example
 
     one, other = (new_reward_model(policy)[0] for _ in range(2))
     rows = [Example([5, 6], ([7, 1], [8, 1]))]

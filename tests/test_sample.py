@@ -3,8 +3,9 @@
 import pytest
 
 from annotate.records import Completion, Item, read
+from reward.batch import Example
 from reward.model import load_policy
-from reward.tokens import Example, logprobs, prompt_ids
+from reward.tokens import logprobs, prompt_ids
 from stages import sample
 from stages.config import UserError
 from stages.manifest import Input

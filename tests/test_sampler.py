@@ -5,9 +5,10 @@ import torch
 from transformers import GenerationConfig
 
 from annotate.records import DataError
+from reward.batch import Example
 from reward.model import load_policy
 from reward.sampler import Sampler, _invert
-from reward.tokens import Example, logprobs
+from reward.tokens import logprobs
 from tests import tiny
 
 FAMILIES = ("llama", "qwen2", "gpt2")

@@ -1,14 +1,16 @@
 """SFT stage: every row teaches to stop, nothing is cut, any local folder can be the base."""
 
 import json
-import warnings
 
 import pytest
 
+from reward.batch import Example
 from reward.model import load_policy, load_tokenizer
-from reward.tokens import Example, completion_ids, logprobs, prompt_ids
+from reward.tokens import completion_ids, logprobs, prompt_ids
 from stages import sft
 from stages.config import UserError
+from stages.engine import Engine, Epochs, arguments
+from stages.objectives import NLL
 from tests import tiny
 
 TRAINER = {
@@ -104,13 +106,12 @@ def test_rows_too_long_are_left_out_and_counted(tmp_path, folders):
     rows = tiny.records(40)
     rows[3] = rows[3].model_copy(update={"completion": "word " * 80})
     run = tiny.run_in(tmp_path, "sft", gate="stop")
-    kept = sft.tokenized(tokenizer, rows, 100, run)
-    assert len(kept) == 39 and max(len(row["input_ids"]) for row in kept) <= 100
+    kept = sft.demonstrations(tokenizer, rows, 100, run)
+    assert len(kept) == 39 and max(example.length for example in kept) <= 100
     assert run.manifest.metrics["dropped_too_long"] == 1 and run.manifest.metrics["truncated"] == 0
     assert run.manifest.facts["dropped_ids"] == [rows[3].id]
-    for row, record in zip(kept, rows[:3], strict=False):
-        reply = [i for i, m in zip(row["input_ids"], row["completion_mask"], strict=True) if m]
-        assert tokenizer.decode(reply) == record.completion + "<|end|>"
+    for example, record in zip(kept, rows[:3], strict=False):
+        assert tokenizer.decode(example.completions[0]) == record.completion + "<|end|>"
 
 
 def test_too_many_rows_too_long_stop_the_run(tmp_path, folders):
@@ -120,7 +121,7 @@ def test_too_many_rows_too_long_stop_the_run(tmp_path, folders):
         for i, r in enumerate(tiny.records(20))
     ]
     with pytest.raises(UserError, match="demonstrations fit: 3 of 20 are longer than 100 tokens"):
-        sft.tokenized(tokenizer, rows, 100, tiny.run_in(tmp_path, "sft", gate="stop"))
+        sft.demonstrations(tokenizer, rows, 100, tiny.run_in(tmp_path, "sft", gate="stop"))
 
 
 def test_nothing_to_train_on(tmp_path, folders):
@@ -131,20 +132,10 @@ def test_nothing_to_train_on(tmp_path, folders):
         stage(tmp_path / "run", folders["llama"], tiny.records(3), max_length=5)
 
 
-def test_a_row_that_does_not_end_in_a_trained_stop_token_is_noticed(tmp_path, folders, monkeypatch):
-    real = sft.tokenized
-
-    def without_stop(*args):
-        return [{k: v[:-1] for k, v in row.items()} for row in real(*args)]
-
-    def stop_not_trained(*args):
-        rows = real(*args)
-        return [row | {"completion_mask": [*row["completion_mask"][:-1], 0]} for row in rows]
-
-    for broken in (without_stop, stop_not_trained):
-        monkeypatch.setattr(sft, "tokenized", broken)
-        with pytest.raises(UserError, match="does not end in a trained stop token"):
-            stage(tmp_path / "run", folders["llama"])
+def test_a_row_that_does_not_end_in_the_stop_token_is_noticed(tmp_path, folders, monkeypatch):
+    monkeypatch.setattr("reward.tokens.completion_ids", lambda tokenizer, text: tokenizer(text)["input_ids"])
+    with pytest.raises(UserError, match="does not end in the stop token"):
+        stage(tmp_path / "run", folders["llama"])
 
 
 def test_a_template_that_doubles_the_bos_is_noticed(tmp_path, folders):
@@ -152,11 +143,44 @@ def test_a_template_that_doubles_the_bos_is_noticed(tmp_path, folders):
     tokenizer.bos_token = "<|user|>"  # the template begins with it
     tokenizer.chat_template = "{{ bos_token }}" + tokenizer.chat_template
     with pytest.raises(UserError, match="begins with two BOS tokens: the chat template writes one too many"):
-        sft.tokenized(tokenizer, tiny.records(3), 100, tiny.run_in(tmp_path, "sft"))
+        sft.demonstrations(tokenizer, tiny.records(3), 100, tiny.run_in(tmp_path, "sft"))
 
 
-def test_nothing_deprecated_is_asked_for(tmp_path, folders, capfd):
-    with warnings.catch_warnings():
-        warnings.filterwarnings("error", message=".*gradient_checkpointing.* is deprecated")
-        stage(tmp_path / "run", folders["llama"], tiny.records(4))
-    assert "Building labels" not in capfd.readouterr().err
+def test_loss_curve_is_that_of_trl(tmp_path, folders):
+    """The same rows in the same batches, 8 optimiser steps: equal to 1e-4 throughout."""
+    from datasets import Dataset
+    from torch.utils.data import SequentialSampler
+    from trl import SFTConfig, SFTTrainer
+
+    class InOrder(SFTTrainer):
+        def _get_train_sampler(self, train_dataset=None):
+            return SequentialSampler(self.train_dataset)
+
+    settings = {"per_device_train_batch_size": 4, "learning_rate": 1e-2, "logging_steps": 1, "max_steps": 8}
+    model, tokenizer = load_policy(folders["llama"])
+    examples = sft.demonstrations(tokenizer, tiny.records(12), 100, tiny.run_in(tmp_path / "theirs", "sft"))
+    rows = [
+        {
+            "input_ids": e.prompt + e.completions[0],
+            "completion_mask": [0] * len(e.prompt) + [1] * len(e.completions[0]),
+        }
+        for e in examples
+    ]
+    common = {"output_dir": str(tmp_path / "theirs"), "report_to": "none", "max_length": None, "bf16": False}
+    args = SFTConfig(**settings, **common, completion_only_loss=True, activation_checkpointing=False)
+    theirs = InOrder(model, args, train_dataset=Dataset.from_list(rows), processing_class=tokenizer)
+    theirs.train()
+
+    class OursInOrder(Epochs):
+        def start(self, step):
+            for number in range(step, self.total):
+                yield [self.examples[(4 * number + i) % 12] for i in range(4)]
+
+    model, _ = load_policy(folders["llama"])
+    args = arguments(tiny.run_in(tmp_path / "ours", "sft"), settings)
+    ours = Engine(model, args, NLL(), OursInOrder(examples, args))
+    ours.train()
+    of_theirs, of_ours = (
+        [line["loss"] for line in trainer.state.log_history if "loss" in line] for trainer in (theirs, ours)
+    )
+    assert len(of_ours) == 8 and of_ours == pytest.approx(of_theirs, abs=1e-4)

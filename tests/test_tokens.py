@@ -8,16 +8,14 @@ from tokenizers.processors import TemplateProcessing
 from torch import nn
 
 from annotate.records import Message
+from reward.batch import Batch, Example, micro_batches
 from reward.model import load_policy, load_reward, load_tokenizer, new_reward_model, save
 from reward.tokens import (
-    Batch,
-    Example,
     batch_of,
     completion_ids,
     forward,
     logprobs,
     logprobs_and_values,
-    micro_batches,
     prompt_ids,
     rewards,
     scores,
@@ -83,7 +81,7 @@ def test_batch_masks_say_which_tokens_are_the_completions():
     batch = Batch.of(EXAMPLES[:2], pad=99)
     assert batch.targets.tolist() == [10, 11, 1, 12, 13, 14, 15, 16, 17, 1, 21, 1]
     assert batch.mask.sum(1).tolist() == [3, 7, 2]
-    assert batch.attention_mask.sum(1).tolist() == [8, 12, 3]
+    assert batch.attention_mask().sum(1).tolist() == [8, 12, 3]
     following = batch.input_ids.roll(-1, 1)[batch.predicts]
     assert following.tolist() == batch.targets.tolist()
     assert batch.pad(batch.targets)[2].tolist() == [21, 1, 0, 0, 0, 0, 0]
@@ -132,7 +130,7 @@ def test_scores_agree_with_transformers_where_pad_is_not_in_the_text(reward_mode
     monkeypatch.setattr(reward_model.config, "reward_reads", "last")
     batch = batch_of(reward_model, EXAMPLES)
     with torch.no_grad():
-        theirs = reward_model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits[:, 0]
+        theirs = reward_model(input_ids=batch.input_ids, attention_mask=batch.attention_mask()).logits[:, 0]
         torch.testing.assert_close(scores(reward_model, batch), theirs, atol=1e-5, rtol=0)
 
 

@@ -1,0 +1,80 @@
+"""Which shortcuts give a model's own numbers: found out by trying them, once, on rows of the training itself.
+
+Two completions of one prompt can share its row, and logits can be made in chunks from the states below the
+head. Both hold for most decoders and fail for some (a sliding window, ALiBi, a recurrent state, an encoder,
+a head that scales or caps its logits), in ways that a list of architectures would never keep up with.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from reward.batch import Batch, Example
+from reward.tokens import Path, device_of, inputs, pad_id, trunk
+
+TOLERANCE = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
+"""Largest difference allowed, in standard deviations of the states: rounding, where a wrong mask gives 1."""
+
+
+def choose(model: Any, examples: Sequence[Example]) -> Path:
+    """Try the shortcuts on the longest of the examples and set `model.path`; the path says why not, if not.
+
+    The longest, since a sliding window shows only in rows that are longer than it.
+    """
+    tried = sorted(examples, key=lambda example: example.length)[-2:]
+    several = any(len(example.completions) > 1 for example in tried)
+    training = model.training
+    model.eval()
+    shares, why = _try(lambda: _shared_error(model, tried)) if several else (False, "one completion a prompt")
+    chunks, why_not = _try(lambda: _head_error(model, tried))
+    model.train(training)
+    path = Path(shares, chunks, f"{why}; {why_not}")
+    model.path = path
+    return path
+
+
+def describe(path: Path) -> str:
+    rows = "completions of a prompt share its row" if path.shares else "a row for each completion"
+    return f"{rows} ({path.why.split('; ')[0]})"
+
+
+def _try(error: Any) -> tuple[bool, str]:
+    """Is the shortcut exact? A model that refuses it altogether is as good a no as a difference."""
+    try:
+        with torch.no_grad():
+            found, allowed = error()
+    except (TypeError, ValueError, RuntimeError, AttributeError, IndexError, NotImplementedError) as refused:
+        return False, f"refused: {str(refused).splitlines()[0] if str(refused) else type(refused).__name__}"
+    return found <= allowed, f"differs by {found:.1e}, allowed {allowed:.1e}"
+
+
+def _shared_error(model: Any, examples: Sequence[Example]) -> tuple[float, float]:
+    plain, shared = (
+        Batch.of(examples, pad_id(model), device_of(model), shared=shared) for shared in (False, True)
+    )
+    return _difference(*(_states(model, batch) for batch in (plain, shared)))
+
+
+def _head_error(model: Any, examples: Sequence[Example]) -> tuple[float, float]:
+    """Are the model's logits its head's product with the trunk's states, and nothing else?"""
+    head = model.get_output_embeddings()
+    if type(head) is not nn.Linear or head.bias is not None:
+        raise TypeError("the head is not a plain product")
+    batch = Batch.of(examples[-1:], pad_id(model), device_of(model))
+    logits = model(**inputs(model, batch), logits_to_keep=batch.predicts).logits
+    hidden = trunk(model)(**inputs(model, batch)).last_hidden_state[batch.predicts]
+    return _difference(logits, head(hidden))
+
+
+def _states(model: Any, batch: Batch) -> Tensor:
+    """(N, d), below the head at each completion token."""
+    states: Tensor = trunk(model)(**inputs(model, batch)).last_hidden_state[batch.predicts.roll(1, dims=1)]
+    return states
+
+
+def _difference(a: Tensor, b: Tensor) -> tuple[float, float]:
+    """(largest absolute difference in standard deviations, what is allowed)."""
+    scale = float(a.float().std()) or 1.0
+    return float((a - b).abs().max()) / scale, TOLERANCE[a.dtype]
