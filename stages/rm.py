@@ -21,8 +21,11 @@ from stages.run import Run
 
 if TYPE_CHECKING:
     from reward.losses import Comparison
+    from reward.tokens import Example
 
 VERSION = 1
+
+FAULTS = ("too_long", "prompt_too_long", "identical", "no_verdict", "not_a_pair")
 
 
 class Config(StageConfig):
@@ -62,28 +65,69 @@ def main(config: Config, run: Run) -> None:
 
 def comparisons(tokenizer: Any, judgements: Sequence[Judgement], limit: int, run: Run) -> "list[Comparison]":
     """One example for each pair judged, with the counts of its verdicts; what cannot be used is counted."""
+    examples, faults = usable(tokenizer, judgements, limit)
+    report(examples, faults, run)
+    if not examples:
+        dropped = run.manifest.facts["dropped"]
+        raise UserError(f"no comparison to train on: {len(judgements)} judgements, left out {dropped}")
+    return examples
+
+
+def usable(
+    tokenizer: Any, judgements: Sequence[Judgement], limit: int
+) -> "tuple[list[Comparison], dict[str, list[str]]]":
+    """(the pairs that can be learned from, the tasks of the others by what is wrong with them)."""
     from reward.losses import Comparison, count_preferences
     from reward.tokens import completion_ids, prompt_ids
 
-    examples, long, undecided = [], 0, 0
+    examples = []
+    faults: dict[str, list[str]] = {name: [] for name in FAULTS}
     rows = sorted((j for j in judgements if len(j.completions) == 2), key=lambda j: j.task)
-    for _, group in groupby(rows, key=lambda j: j.task):
+    for task, group in groupby(rows, key=lambda j: j.task):
         of_pair = list(group)
         first = of_pair[0]
         example = Comparison(
             prompt_ids(tokenizer, first.prompt),
             tuple(completion_ids(tokenizer, text) for text in first.completions),
             count_preferences(of_pair),
+            task,
         )
-        undecided += not sum(example.counts)
-        long += bool(sum(example.counts)) and example.length > limit
-        if sum(example.counts) and example.length <= limit:
+        wrong = fault(example, limit) if sum(example.counts) else "no_verdict"
+        if wrong:
+            faults[wrong].append(task)
+        else:
             examples.append(example)
-    dropped = {"too_long": long, "no_verdict": undecided, "not_a_pair": len(judgements) - len(rows)}
-    run.record(pairs=len(examples), dropped=dropped)
-    if not examples:
-        raise UserError(f"no comparison to train on: {len(judgements)} judgements, left out {dropped}")
-    return examples
+    faults["not_a_pair"] = [j.task for j in judgements if len(j.completions) != 2]
+    return examples, faults
+
+
+def fault(example: "Example", limit: int) -> str | None:
+    """Why nothing can be learned from an example, in a word of FAULTS."""
+    if len(example.prompt) >= limit:
+        return "prompt_too_long"
+    if example.length > limit:
+        return "too_long"
+    if len(set(map(tuple, example.completions))) < len(example.completions):
+        return "identical"
+    return None
+
+
+def report(examples: "Sequence[Any]", faults: dict[str, list[str]], run: Run, of: str = "") -> None:
+    """Record how many can be used and which not; say so where the data looks wrong. `of`: prefix of names."""
+    empty = [e.task for e in examples if min(map(len, e.completions)) == 1]  # the stop token alone: a verdict
+    run.record(  # on it is a verdict like any other, so it stays
+        **{
+            f"{of}pairs": len(examples),
+            f"{of}dropped": {name: len(tasks) for name, tasks in faults.items()},
+            f"{of}dropped_tasks": {name: tasks[:20] for name, tasks in faults.items() if tasks},
+            f"{of}empty_replies": len(empty),
+        }
+    )
+    for name in ("prompt_too_long", "identical"):
+        if tasks := faults[name]:
+            run.say(f"left out {len(tasks)} {of}pairs: {name} (task {tasks[0]}, ...)")
+    if empty:
+        run.say(f"{len(empty)} {of}pairs have an empty reply (task {empty[0]}, ...); they are used")
 
 
 def measure(
