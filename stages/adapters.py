@@ -1,15 +1,16 @@
 """Adapters of the library peft: trained in the place of all weights, merged into them at the end."""
 
+import warnings
 from typing import Any
 
 from stages.errors import SettingsError, suggest
 from stages.libraries import check_block
 
 
-def with_adapters(model: Any, settings: dict[str, Any] | None) -> Any:
-    """`model` with the trainable adapters of a `peft` block; the model itself without one."""
+def configuration(settings: dict[str, Any] | None) -> Any:
+    """The configuration that a `peft` block stands for; None without one. SettingsError if it is none."""
     if settings is None:
-        return model
+        return None
     import peft
 
     kinds = {str(kind.value): config for kind, config in peft.PEFT_TYPE_TO_CONFIG_MAPPING.items()}
@@ -19,9 +20,19 @@ def with_adapters(model: Any, settings: dict[str, Any] | None) -> Any:
     own = {key: value for key, value in settings.items() if key != "peft_type"}
     check_block("peft", f"peft.{kinds[name].__name__}", own)
     usual = {"target_modules": "all-linear"} if name == "LORA" else {}
-    adapted = peft.get_peft_model(model, kinds[name](task_type="CAUSAL_LM", **usual | own))
+    return kinds[name](task_type="CAUSAL_LM", **usual | own)
+
+
+def with_adapters(model: Any, config: Any) -> Any:
+    """`model` with the trainable adapters of a configuration; the model itself where that is None."""
+    if config is None:
+        return model
+    import peft
+
+    with warnings.catch_warnings(category=FutureWarning, action="ignore"):  # of transformers, about peft
+        adapted = peft.get_peft_model(model, config)
     if not hasattr(adapted.base_model, "merge_and_unload"):
-        raise SettingsError(f"peft.peft_type: {name} cannot be merged into the weights; LORA can")
+        raise SettingsError(f"peft.peft_type: {config.peft_type.value} cannot be merged into the weights")
     return adapted
 
 

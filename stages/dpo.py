@@ -25,7 +25,7 @@ from pydantic import Field, field_validator, model_validator
 from annotate.records import Judgement, read
 from stages.config import Judgements, KeysOf, Model, StageConfig, UserError
 from stages.digests import Digests
-from stages.rm import FAULTS, fault, report, usable, who
+from stages.rm import FAULTS, fault, nothing_to_train_on, report, usable, who
 from stages.run import Run
 
 if TYPE_CHECKING:
@@ -107,11 +107,12 @@ class Config(StageConfig):
 
 def main(config: Config, run: Run) -> None:
     from reward.model import load_policy, save
-    from stages.adapters import merged, with_adapters
+    from stages.adapters import configuration, merged, with_adapters
     from stages.engine import Engine, Epochs, Reporting, arguments, train
     from stages.held_out import HeldOut
     from stages.objectives import Direct
 
+    adapters = configuration(config.peft)
     rows = read(config.judgements, Judgement)
     trained_on = [j for j in rows if j.split == "train"]
     model, tokenizer = load_policy(config.policy)
@@ -130,7 +131,7 @@ def main(config: Config, run: Run) -> None:
         pairs, held_out = (with_reference(model, config.policy, part, run) for part in (pairs, held_out))
     run.record(pairs_trained=len(pairs), parameters=config.parameters)
 
-    model = with_adapters(model, config.peft)
+    model = with_adapters(model, adapters)
     args = arguments(run, config.trainer, learning_rate=1e-4, lr_scheduler_type="linear", eval_steps=100)
     steps = Epochs(pairs, args)
     objective = Direct(config.objective, config.parameters, config.sft_weight)
@@ -209,13 +210,6 @@ def rankings(
 def _ranking(preference: int | None) -> list[int]:
     """As a ranking: the smaller number is the better completion."""
     return [] if preference is None else [-preference, preference]
-
-
-def nothing_to_train_on(rows: Sequence[Judgement], run: Run) -> str:
-    if run.manifest.metrics["pairs"]:
-        return "no pair to train on: every judgement is a tie"
-    dropped = run.manifest.facts["dropped"]
-    return f"no comparison to train on: {len(rows)} judgements, left out {dropped}"
 
 
 def with_reference(model: Any, policy: str, pairs: "Sequence[Pair]", run: Run) -> "list[Pair]":

@@ -80,7 +80,7 @@ class HeldOut(TrainerCallback):
     def finish(self, model: Any) -> None:
         """Return to the best weights, if `patience` is to keep them; record where training has led."""
         found = measure(model, self.objective, self.pairs) if self.pairs else {}
-        if self.patience is not None and self.best.exists():
+        if self.patience is not None and is_writer() and self.best.exists():
             last = _trainable(model)
             _set(model, load_file(self.best))
             if (best := measure(model, self.objective, self.pairs))["held_out_loss"] < found["held_out_loss"]:
@@ -108,7 +108,7 @@ def drift(means: dict[str, float]) -> float:
 def falls(means: dict[str, float]) -> str:
     """What to think of chosen replies that become less likely; empty if they do not."""
     chosen = means.get("held_out_logps_chosen_change", 0.0)
-    if chosen >= 0:
+    if round(chosen, 1) >= 0:
         return ""
     rejected = means["held_out_logps_rejected_change"]
     said = f"chosen replies changed by {chosen:.2f} nats, rejected ones by {rejected:.2f}: "

@@ -31,13 +31,14 @@ def reference_logps(
     """
     sizes = [len(example.completions) for example in examples]
     path = runs_root() / ".reference" / f"{_key(model, policy, examples)}.npy"
-    cached = policy.startswith("hub:") is False  # the content behind a hub id is not known
+    cached = not policy.startswith("hub:")  # the content behind a hub id is not known
     values = _load(path, sum(sizes)) if cached else None
-    run.record(reference_cached=values is not None)
     if values is None:
         with run.progress("reference log-probabilities", total=1, unit="passes") as bar:
             values = numpy.array([sum(row) for rows in logprobs(model, examples) for row in rows])
             bar.advance(1)
+        before = run.manifest.metrics.get("reference_computed", 0)
+        run.record(reference_computed=before + len(values))
         if cached and is_writer() and numpy.isfinite(values).all():
             _store(path, values)
     ends = numpy.cumsum(sizes)
@@ -69,7 +70,8 @@ def _store(path: Any, values: Any) -> None:
     numpy.save(buffer, values)
     with suppress(OSError):  # a read-only or full disk: only time is lost
         path.parent.mkdir(parents=True, exist_ok=True)
-        draft.write_bytes(buffer.getvalue())
-        os.replace(draft, path)
-    with suppress(OSError):
-        draft.unlink(missing_ok=True)
+        try:
+            draft.write_bytes(buffer.getvalue())
+            os.replace(draft, path)
+        finally:
+            draft.unlink(missing_ok=True)

@@ -68,9 +68,16 @@ def comparisons(tokenizer: Any, judgements: Sequence[Judgement], limit: int, run
     examples, faults = usable(tokenizer, judgements, limit)
     report(examples, faults, run)
     if not examples:
-        dropped = run.manifest.facts["dropped"]
-        raise UserError(f"no comparison to train on: {len(judgements)} judgements, left out {dropped}")
+        raise UserError(nothing_to_train_on(judgements, run))
     return examples
+
+
+def nothing_to_train_on(judgements: Sequence[Judgement], run: Run) -> str:
+    """Why, from what has been recorded of them."""
+    if run.manifest.metrics["pairs"]:
+        return "no pair to train on: every judgement is a tie"
+    dropped = {name: count for name, count in run.manifest.facts["dropped"].items() if count}
+    return f"no comparison to train on: {len(judgements)} judgements, left out {dropped}"
 
 
 def usable(
@@ -114,20 +121,20 @@ def fault(example: "Example", limit: int) -> str | None:
 
 def report(examples: "Sequence[Any]", faults: dict[str, list[str]], run: Run, of: str = "") -> None:
     """Record how many can be used and which not; say so where the data looks wrong. `of`: prefix of names."""
-    empty = [e.task for e in examples if min(map(len, e.completions)) == 1]  # the stop token alone: a verdict
-    run.record(  # on it is a verdict like any other, so it stays
-        **{
-            f"{of}pairs": len(examples),
-            f"{of}dropped": {name: len(tasks) for name, tasks in faults.items()},
-            f"{of}dropped_tasks": {name: tasks[:20] for name, tasks in faults.items() if tasks},
-            f"{of}empty_replies": len(empty),
-        }
-    )
+    empty = [e.task for e in examples if min(map(len, e.completions)) == 1]
+    facts = {
+        "pairs": len(examples),
+        "empty_replies": len(empty),  # the stop token alone: judged like any other, so they stay
+        "dropped": {name: len(tasks) for name, tasks in faults.items()},
+        "dropped_tasks": {name: tasks[:20] for name, tasks in faults.items() if tasks},
+    }
+    run.record(**{of + name: fact for name, fact in facts.items()})
+    pairs = of.replace("_", "-", 1).replace("_", " ") + "pairs"
     for name in ("prompt_too_long", "identical"):
         if tasks := faults[name]:
-            run.say(f"left out {len(tasks)} {of}pairs: {name} (task {tasks[0]}, ...)")
+            run.say(f"left out {len(tasks)} {pairs}: {name} (task {tasks[0]}, ...)")
     if empty:
-        run.say(f"{len(empty)} {of}pairs have an empty reply (task {empty[0]}, ...); they are used")
+        run.say(f"{len(empty)} {pairs} with an empty reply (task {empty[0]}, ...) are used")
 
 
 def measure(

@@ -206,18 +206,18 @@ def test_the_reference_is_computed_once(tmp_path, policy, runs):
     first = stage(tmp_path / "first", policy, rows, trainer=short)
     again = stage(tmp_path / "again", policy, rows, trainer=short, objective="ipo", beta=0.3)
     fewer = stage(tmp_path / "fewer", policy, rows[:20], trainer=short)
-    cached = [run.manifest.facts["reference_cached"] for run in (first, again, fewer)]
-    assert cached == [False, True, False]
+    computed = [run.manifest.metrics.get("reference_computed") for run in (first, again, fewer)]
+    assert computed == [48, None, 40]
     (one, _) = files = sorted((runs / ".reference").glob("*"))
     assert all(file.suffix == ".npy" for file in files)
     for broken in (b"", b"nothing of the kind", one.read_bytes()[:-8]):
         for file in files:
             file.write_bytes(broken)
         run = stage(tmp_path / f"mended-{len(broken)}", policy, rows, trainer=short)
-        assert not run.manifest.facts["reference_cached"]
+        assert run.manifest.metrics["reference_computed"] == 48
         assert run.manifest.metrics["first_batch_loss"] == first.manifest.metrics["first_batch_loss"]
     free = stage(tmp_path / "free", policy, rows, trainer=short, objective="orpo")
-    assert "reference_cached" not in free.manifest.facts
+    assert "reference_computed" not in free.manifest.metrics
 
 
 @pytest.mark.parametrize("objective", dpo.PARAMETERS)
@@ -308,7 +308,7 @@ def test_what_to_think_of_chosen_replies_that_fall():
     def changes(chosen, rejected):
         return falls({"held_out_logps_chosen_change": chosen, "held_out_logps_rejected_change": rejected})
 
-    assert changes(0.5, -3.0) == "" and falls({}) == ""
+    assert changes(0.5, -3.0) == changes(-0.01, -3.0) == falls({}) == ""
     assert "usual" in changes(-2.0, -9.0) and "sft_weight" in changes(-2.0, -9.0)
     assert "the chosen fall more" in changes(-9.0, -2.0)
 
