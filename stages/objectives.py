@@ -51,10 +51,10 @@ class Judged(NamedTuple):
     def of(cls, examples: Sequence[Pair], policy: Tensor | None = None) -> "Judged":
         """`policy`: (R,) log-probabilities of all completions in order; None: those of the reference."""
         sizes = [len(pair.completions) for pair in examples]
-        device = None if policy is None else policy.device
+        device = "cpu" if policy is None else policy.device
 
         def table(rows: Sequence[Sequence[float]]) -> Tensor:
-            return pad_sequence([torch.tensor(row, device=device) for row in rows], batch_first=True)
+            return pad_sequence([torch.tensor(row) for row in rows], batch_first=True).to(device)
 
         reference = table([pair.reference or [0.0] * len(pair.completions) for pair in examples])
         return cls(
@@ -62,7 +62,7 @@ class Judged(NamedTuple):
             reference,
             table([[len(completion) for completion in pair.completions] for pair in examples]),
             table([pair.votes for pair in examples]),
-            torch.tensor([pair.strength for pair in examples], device=device),
+            torch.tensor([pair.strength for pair in examples]).to(device),
         )
 
     @property

@@ -2,6 +2,7 @@
 
 import inspect
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -76,6 +77,14 @@ def sigmoid(x):
 def test_the_settings_offer_what_the_losses_take():
     taken = {name: set(inspect.signature(loss).parameters) - {"x"} for name, loss in LOSSES.items()}
     assert taken == {name: set(parameters) for name, parameters in PARAMETERS.items()}
+
+
+def test_every_objective_is_derived_and_in_the_table():
+    text = Path("stages/objectives.md").read_text()
+    for name, parameters in PARAMETERS.items():
+        assert f"\n## `{name}`" in text
+        (row,) = [line for line in text.splitlines() if line.startswith(f"| `{name}` |")]
+        assert all(f"`{key}` {default:g}" in row for key, default in parameters.items()), row
 
 
 def test_dpo_by_hand():
