@@ -276,27 +276,41 @@ def test_it_stops_when_it_has_drifted(tmp_path, policy):
     assert drift(run.manifest.metrics) > 1
 
 
-def test_stopped_early_and_resumed_is_bitwise_uninterrupted(tmp_path, policy, monkeypatch):
-    from stages.engine import Reporting
+@pytest.mark.parametrize(("kind", "event"), [("Reporting", "on_step_end"), ("HeldOut", "on_train_end")])
+def test_stopped_early_and_resumed_is_bitwise_uninterrupted(tmp_path, policy, monkeypatch, kind, event):
+    """Cut on the way, and at the end: from no checkpoint does it train beyond the step where it stopped."""
+    from stages import engine, held_out
 
     rows = judged() + WRONG
     settings = {"early_stopping_patience": 5, "trainer": TRAINER | {"eval_steps": 1, "save_steps": 2}}
     straight = stage(tmp_path / "straight", policy, rows, **settings)
     assert "stopped_early" in straight.manifest.facts
-    real = Reporting.on_step_end
+    callback = engine.Reporting if kind == "Reporting" else held_out.HeldOut
+    real = getattr(callback, event)
 
     def interrupted(self, args, state, control, **kwargs):
         real(self, args, state, control, **kwargs)
-        if state.global_step == 5:
+        if state.global_step >= 5:
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(Reporting, "on_step_end", interrupted)
+        patch.setattr(callback, event, interrupted)
         with pytest.raises(KeyboardInterrupt):
             stage(tmp_path / "cut", policy, rows, **settings)
+    assert (tmp_path / "cut/checkpoints/checkpoint-4/complete").exists()
     stage(tmp_path / "cut", policy, rows, **settings)
     for name in ("model/model.safetensors", "metrics.jsonl"):
         assert (tmp_path / "cut" / name).read_bytes() == (tmp_path / "straight" / name).read_bytes()
+
+
+def test_a_training_that_diverges_names_the_tasks(tmp_path, policy):
+    run = tiny.run_in(tmp_path / "run")
+    path = tiny.rows_file(tmp_path / "judgements.jsonl", judged())
+    trainer = TRAINER | {"learning_rate": 1e30, "max_steps": 40}
+    with pytest.raises(UserError, match="no finite gradient"):
+        dpo.main(dpo.Config(policy=policy, judgements=path, trainer=trainer), run)
+    named = set(run.manifest.facts["not_finite_loss"])
+    assert named and named <= {row.task for row in judged()}
 
 
 def test_nothing_to_stop_by(tmp_path, policy):
