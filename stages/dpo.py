@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from reward.losses import Comparison
     from stages.objectives import Direct, Pair
 
-VERSION = 1
+VERSION = 2
 
 PARAMETERS = {
     "sigmoid": {"beta": 0.1, "label_smoothing": 0.0, "margin": 0.0},

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from reward.losses import Comparison
     from reward.tokens import Example
 
-VERSION = 1
+VERSION = 2
 
 FAULTS = ("too_long", "prompt_too_long", "identical", "no_verdict", "not_a_pair")
 

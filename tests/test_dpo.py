@@ -3,6 +3,7 @@
 import json
 import math
 
+import numpy
 import pytest
 
 from reward.model import load_policy
@@ -210,7 +211,8 @@ def test_the_reference_is_computed_once(tmp_path, policy, runs):
     assert computed == [48, None, 40]
     (one, _) = files = sorted((runs / ".reference").glob("*"))
     assert all(file.suffix == ".npy" for file in files)
-    for broken in (b"", b"nothing of the kind", one.read_bytes()[:-8]):
+    numpy.save(tmp_path / "short.npy", numpy.zeros(47))
+    for broken in (b"", b"nothing of it", one.read_bytes()[:-8], (tmp_path / "short.npy").read_bytes()):
         for file in files:
             file.write_bytes(broken)
         run = stage(tmp_path / f"mended-{len(broken)}", policy, rows, trainer=short)
@@ -265,6 +267,15 @@ def test_it_stops_when_the_held_out_loss_rises_and_keeps_the_best(tmp_path, poli
     assert len(losses) == 3 and losses[0] == min(losses)
     assert run.manifest.metrics["held_out_loss"] == losses[0]
     assert not (tmp_path / "run/best.safetensors").exists()
+
+
+def test_the_last_weights_stay_where_they_are_the_best(tmp_path, policy):
+    rows = [*judged(), tiny.judgement(100, KIND, RUDE, 1, "validation")]
+    trainer = {"trainer": TRAINER | {"eval_steps": 5}}
+    plain = stage(tmp_path / "plain", policy, rows, **trainer)
+    patient = stage(tmp_path / "patient", policy, rows, **trainer, early_stopping_patience=1)
+    weights = [(run.path / "model/model.safetensors").read_bytes() for run in (plain, patient)]
+    assert weights[0] == weights[1] and "stopped_early" not in patient.manifest.facts
 
 
 def test_it_stops_when_it_has_drifted(tmp_path, policy):

@@ -2,6 +2,7 @@
 
 import inspect
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -234,6 +235,11 @@ def test_where_a_policy_that_is_its_reference_starts(folder, policy, name, param
     assert objective.start(rows) == pytest.approx(expected, rel=1e-6)
     assert metrics["margin"].item() == pytest.approx(0, abs=1e-3)
     assert metrics["logps_chosen_change"].item() == pytest.approx(0, abs=1e-4)
+
+
+def test_a_tie_is_half_right(folder, policy, reference):
+    rows = [replace(pair, strength=0.0) for pair in pairs(load_tokenizer(folder)[0], reference)]
+    assert direct("ties").loss(policy, rows)[1]["accuracy"] == 1.5
 
 
 @pytest.mark.parametrize("name", REFERENCE_FREE)
