@@ -114,20 +114,16 @@ def main(config: Config, run: Run) -> None:
 
     adapters = configuration(config.peft)
     rows = read(config.judgements, Judgement)
-    trained_on = [j for j in rows if j.split == "train"]
+    trained_on, kept = ([j for j in rows if (j.split == "train") is trains] for trains in (True, False))
     model, tokenizer = load_policy(config.policy)
     limit = config.max_length or model.config.max_position_embeddings
     pairs = judged_pairs(config, tokenizer, trained_on, limit, run)
     if not pairs:
         raise UserError(nothing_to_train_on(trained_on, run))
-    held_out = judged_pairs(
-        config, tokenizer, [j for j in rows if j.split != "train"], limit, run, "held_out_"
-    )
+    held_out = judged_pairs(config, tokenizer, kept, limit, run, "held_out_")
     if not held_out and (config.early_stopping_patience or config.max_kl):
         raise UserError("no held-out pair to stop by: early_stopping_patience and max_kl need some")
-    if (
-        config.objective not in REFERENCE_FREE
-    ):  # the untrained policy, still without adapters, is the reference
+    if config.objective not in REFERENCE_FREE:  # which is the policy before training, without adapters
         pairs, held_out = (with_reference(model, config.policy, part, run) for part in (pairs, held_out))
     run.record(pairs_trained=len(pairs), parameters=config.parameters)
 
