@@ -17,6 +17,7 @@ class Comparison(Example):
     """A prompt with two completions and how often each preference from -3 to 3 was given (7 counts)."""
 
     counts: tuple[int, ...]
+    task: str = ""
 
 
 def preference_logprobs(difference: Tensor, thresholds: Tensor) -> Tensor:

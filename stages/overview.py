@@ -10,7 +10,7 @@ from stages.plan import Plan, State
 from stages.progress import clock
 from stages.run import is_locked, runs_root
 
-MAIN = ("accuracy", "reward", "self_stopping", "items", "labels", "records", "loss")
+MAIN = ("accuracy", "held_out_accuracy", "reward", "self_stopping", "items", "labels", "records", "loss")
 """What says most of a stage, best first."""
 
 

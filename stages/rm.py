@@ -20,9 +20,12 @@ from stages.config import Judgements, KeysOf, Model, StageConfig, UserError
 from stages.run import Run
 
 if TYPE_CHECKING:
+    from reward.batch import Example
     from reward.losses import Comparison
 
 VERSION = 2
+
+FAULTS = ("too_long", "prompt_too_long", "identical", "no_verdict", "not_a_pair")
 
 
 class Config(StageConfig):
@@ -63,28 +66,76 @@ def main(config: Config, run: Run) -> None:
 
 def comparisons(tokenizer: Any, judgements: Sequence[Judgement], limit: int, run: Run) -> "list[Comparison]":
     """One example for each pair judged, with the counts of its verdicts; what cannot be used is counted."""
+    examples, faults = usable(tokenizer, judgements, limit)
+    report(examples, faults, run)
+    if not examples:
+        raise UserError(nothing_to_train_on(judgements, run))
+    return examples
+
+
+def nothing_to_train_on(judgements: Sequence[Judgement], run: Run) -> str:
+    """Why, from what has been recorded of them."""
+    if run.manifest.metrics["pairs"]:
+        return "no pair to train on: every judgement is a tie"
+    dropped = {name: count for name, count in run.manifest.facts["dropped"].items() if count}
+    return f"no comparison to train on: {len(judgements)} judgements, left out {dropped}"
+
+
+def usable(
+    tokenizer: Any, judgements: Sequence[Judgement], limit: int
+) -> "tuple[list[Comparison], dict[str, list[str]]]":
+    """(the pairs that can be learned from, the tasks of the others by what is wrong with them)."""
     from reward.losses import Comparison, count_preferences
     from reward.tokens import completion_ids, prompt_ids
 
-    examples, long, undecided = [], 0, 0
+    examples = []
+    faults: dict[str, list[str]] = {name: [] for name in FAULTS}
     rows = sorted((j for j in judgements if len(j.completions) == 2), key=lambda j: j.task)
-    for _, group in groupby(rows, key=lambda j: j.task):
+    for task, group in groupby(rows, key=lambda j: j.task):
         of_pair = list(group)
         first = of_pair[0]
         example = Comparison(
             prompt_ids(tokenizer, first.prompt),
             tuple(completion_ids(tokenizer, text) for text in first.completions),
             count_preferences(of_pair),
+            task,
         )
-        undecided += not sum(example.counts)
-        long += bool(sum(example.counts)) and example.length > limit
-        if sum(example.counts) and example.length <= limit:
+        wrong = fault(example, limit) if sum(example.counts) else "no_verdict"
+        if wrong:
+            faults[wrong].append(task)
+        else:
             examples.append(example)
-    dropped = {"too_long": long, "no_verdict": undecided, "not_a_pair": len(judgements) - len(rows)}
-    run.record(pairs=len(examples), dropped=dropped)
-    if not examples:
-        raise UserError(f"no comparison to train on: {len(judgements)} judgements, left out {dropped}")
-    return examples
+    faults["not_a_pair"] = [j.task for j in judgements if len(j.completions) != 2]
+    return examples, faults
+
+
+def fault(example: "Example", limit: int) -> str | None:
+    """Why nothing can be learned from an example, in a word of FAULTS."""
+    if len(example.prompt) >= limit:
+        return "prompt_too_long"
+    if example.length > limit:
+        return "too_long"
+    if len(set(map(tuple, example.completions))) < len(example.completions):
+        return "identical"
+    return None
+
+
+def report(examples: "Sequence[Any]", faults: dict[str, list[str]], run: Run, of: str = "") -> None:
+    """Record how many can be used and which not; say so where the data looks wrong. `of`: prefix of names."""
+    empty = [e.task for e in examples if min(map(len, e.completions)) == 1]
+    facts = {
+        "pairs": len(examples),
+        "empty_replies": len(empty),  # the stop token alone: judged like any other, so they stay
+        "dropped": {name: len(tasks) for name, tasks in faults.items()},
+        "dropped_tasks": {name: tasks[:20] for name, tasks in faults.items() if tasks},
+    }
+    run.record(**{of + name: fact for name, fact in facts.items()})
+    pairs = of.replace("_", "-", 1).replace("_", " ") + "pairs"
+    for name in ("prompt_too_long", "identical"):
+        if tasks := faults[name]:
+            run.say(f"left out {len(tasks)} {pairs}: {name} (task {tasks[0]}, ...)")
+    if empty:
+        run.say(f"{len(empty)} {pairs} with an empty reply (task {empty[0]}, ...) are used")
 
 
 def measure(

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from annotate.records import Message, Record, prompt_id, write
+from annotate.records import Judgement, Message, Record, prompt_id, write
 from stages.manifest import load_manifest
 
 CONFIG = "configs/smoke.yaml"
@@ -127,6 +127,50 @@ def test_no_judgement_to_learn_from(smoke, tmp_path):
     for stage in ("rm", "dpo"):
         line = smoke(stage, f"{stage}.judgements={tmp_path}/judgements.jsonl")
         assert f"{stage}: no comparison to train on: 0 judgements" in line
+
+
+def judgements(path: Path, *replies: str, split: str = "train", text: str = "My lamp broke.") -> str:
+    prompt = [Message(role="user", content=text)]
+    facts = {"id": prompt_id(prompt), "use": "preference", "prompt": prompt, "preference": 1}
+    given = {"split": split, "completions": replies, "annotator": "anna", "kind": "person", "round": "one"}
+    write(path, [Judgement(**facts, **given)])
+    return f"dpo.judgements={path}"
+
+
+def test_pairs_that_say_nothing(smoke, tmp_path):
+    same = judgements(tmp_path / "same.jsonl", "Sorry.", "Sorry.")
+    assert "1 judgements, left out {'identical': 1}" in smoke("dpo", same)
+    long = judgements(tmp_path / "long.jsonl", "Sorry.", "No.", text=LONG)
+    assert "left out {'prompt_too_long': 1}" in smoke("dpo", long)
+
+
+def test_nothing_held_out_to_stop_by(smoke, tmp_path):
+    good = judgements(tmp_path / "good.jsonl", "Sorry.", "No.")
+    assert "no held-out pair to stop by" in smoke("dpo", good, "dpo.max_kl=5")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "line"),
+    [
+        (["dpo.objective=dpop"], "dpo.objective: needs to be one of sigmoid, sigmoid_norm, robust, hinge"),
+        (["dpo.objective=simpo", "dpo.label_smoothing=0.1"], "dpo: objective simpo has no label_smoothing"),
+        (["dpo.objective=orpo", "dpo.max_kl=1"], "dpo: objective orpo has no reference"),
+        (["dpo.beta=0"], "dpo.beta: Input should be greater than 0"),
+    ],
+)
+def test_an_objective_that_cannot_be(smoke, overrides, line):
+    assert line in smoke("dpo", *overrides, code=2)
+
+
+@pytest.mark.parametrize(
+    ("block", "line"),
+    [
+        ("{rank: 8}", "peft.rank: peft.LoraConfig has no such setting"),
+        ("{peft_type: lorra}", "did you mean LORA?"),
+    ],
+)
+def test_adapters_that_cannot_be(smoke, block, line):
+    assert line in smoke("dpo", f"dpo.peft={block}")
 
 
 def test_a_reward_model_of_another_vocabulary(smoke, finished, tmp_path):

@@ -17,7 +17,7 @@ from stages.overview import unreferenced
 from stages.pipeline import run
 from stages.plan import Node, Plan
 from stages.progress import Screen
-from stages.run import locked
+from stages.run import locked, runs_root
 from tests import toys
 
 
@@ -239,6 +239,8 @@ def test_clean_finds_what_these_settings_no_longer_lead_to(ran, plan):
     ran(seeds=(0, 1))
     superseded = path(ran()[0], "train")
     old, _ = ran("make.text=other", only=["make"])
+    (runs_root() / ".reference").mkdir()  # as the dpo stage keeps beside the runs
+    (runs_root() / ".reference" / "0.npy").touch()
     assert unreferenced(experiment) == {path(old, "make"): ""}
     ran(force=["train"])
     found = unreferenced(experiment)

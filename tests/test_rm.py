@@ -96,7 +96,9 @@ def test_judgements_of_one_pair_become_one_example_with_counts(tmp_path, policy)
     (example,) = rm.comparisons(tokenizer, [*rows, three], 60, run)
     assert example.counts == (0, 0, 0, 1, 0, 0, 2)
     assert tokenizer.decode(example.completions[0]) == KIND + "<|end|>"
-    assert run.manifest.facts["dropped"] == {"too_long": 1, "no_verdict": 1, "not_a_pair": 1}
+    dropped = {name: count for name, count in run.manifest.facts["dropped"].items() if count}
+    assert dropped == {"too_long": 1, "no_verdict": 1, "not_a_pair": 1}
+    assert run.manifest.facts["dropped_tasks"]["too_long"] == [rows[5].task]
     assert run.manifest.metrics["pairs"] == 1
 
 
