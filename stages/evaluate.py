@@ -42,7 +42,7 @@ class Config(StageConfig):
     examples: int = Field(default=400, ge=2)
     """The first so many prompts in the order of their ids, which are hashes: the same for every seed."""
     best_of: Count | list[Count] = 8
-    """How many of SFT's replies best-of-n chooses from; a list draws its largest, and uses the first so many."""
+    """How many of SFT's replies best-of-n chooses from. Several: of the same replies the first so many."""
     max_new_tokens: int = Field(default=64, ge=1)
 
     @field_validator("policies")

@@ -96,8 +96,7 @@ def online_arguments(block: dict[str, Any], run: Run, kind: Any, defaults: dict[
 def sampled(args: Any, steps: int) -> int:
     """Replies drawn in so many optimiser steps: what `total_episodes` is for PPO."""
     rounds = steps * args.gradient_accumulation_steps / (args.steps_per_generation * args.num_iterations)
-    size: int = args.generation_batch_size
-    return math.ceil(rounds) * size
+    return math.ceil(float(rounds)) * int(args.generation_batch_size)
 
 
 def rows(policy: Any, tokenizer: Any, records: Sequence[Record], reply: int) -> list[dict[str, Any]]:

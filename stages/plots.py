@@ -74,7 +74,7 @@ def training(rollouts: Mapping[int, Sequence[Sampled]], table: Table, path: Path
 def frontier(rollouts: Mapping[int, Sequence[Sampled]], table: Table, path: Path) -> None:
     """Score against KL to SFT: PPO's steps as points, the rows of the table as marks with both intervals.
 
-    Rows that are points of one method are joined and named; there is then one panel, of the score that counts.
+    Points of one method are joined and named; there is one panel then, of the score that counts.
     """
     plt = _pyplot()
     methods: dict[str, list[Line]] = {}

@@ -109,7 +109,7 @@ HEALTH = METRICS[7:]
 
 
 def point(policy: str) -> tuple[str, str]:
-    """(method, which point of it): `dpo β=0.3` is the point `β=0.3` of dpo, `best-of-8 (rm)` n=8 of its kind."""
+    """(method, which point of it): `dpo β=0.3` is `β=0.3` of dpo, `best-of-8 (rm)` is `n=8` of its kind."""
     if best_of := re.fullmatch(r"best-of-(\d+) (\(.*\))", policy):
         return f"best-of-n {best_of[2]}", f"n={best_of[1]}"
     method, _, name = policy.partition(" ")
