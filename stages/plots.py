@@ -111,7 +111,8 @@ def frontier(rollouts: Mapping[int, Sequence[Sampled]], table: Table, path: Path
     columns = 4 if swept else 1 + len(panels)
     fig.legend(handles, labels, loc="lower center", ncols=columns, fontsize=9)
     axes[0, 0].set_title("What the distance from SFT buys", loc="left")
-    fig.tight_layout(rect=(0, 0.02 + 0.05 * math.ceil(len(labels) / columns), 1, 1))
+    below = 0.02 + 0.22 * math.ceil(len(labels) / columns) / size[1]  # 0.22 inches for a line of the legend
+    fig.tight_layout(rect=(0, below, 1, 1))
     _save(fig, path, tight=False)
 
 
