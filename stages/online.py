@@ -50,7 +50,7 @@ def optimise(config: Settings, run: Run, trainer_class: Any, kind: Any, **defaul
 
     records, policy, tokenizer, reward = load(config.policy, config.reward, config.prompts)
     args = online_arguments(config.trainer, run, kind, defaults)
-    trainer = trainer_class(
+    trainer = in_own_order(trainer_class)(
         model=policy,
         reward_funcs=Scorer(reward, tokenizer, config),
         args=args,
@@ -68,6 +68,19 @@ def optimise(config: Settings, run: Run, trainer_class: Any, kind: Any, **defaul
     run.record(optimiser_steps=steps, replies=sampled(args, steps))
     stopping = [logs["self_stopping"] for logs in trainer.state.log_history if "self_stopping" in logs][-1]
     run.gate("stops by itself", stopping >= 0.9, f"{stopping:.0%} of the last replies end by themselves")
+
+
+def in_own_order(trainer_class: Any) -> Any:
+    """The trainer, its prompts in an order that depends on seed and pass alone, not on the passes before."""
+
+    class Trainer(trainer_class):
+        def _get_train_sampler(self, dataset: Any = None) -> Any:
+            sampler = super()._get_train_sampler(dataset)
+            seed = 1_000_003 * self.args.seed
+            sampler.set_epoch = lambda epoch: sampler.generator.manual_seed(seed + epoch)
+            return sampler
+
+    return Trainer
 
 
 def online_arguments(block: dict[str, Any], run: Run, kind: Any, defaults: dict[str, Any]) -> Any:

@@ -97,25 +97,27 @@ def test_score_is_the_reward_models_and_an_endless_reply_pays(inputs):
     assert metrics == {"score": pytest.approx(sum(plain) / 2), "self_stopping": 0.5}
 
 
-@pytest.mark.parametrize("name", STAGES)
-def test_resumed_is_bitwise_uninterrupted(tmp_path, inputs, name, monkeypatch):
+@pytest.mark.parametrize(("name", "stop"), [("rloo", 3), ("grpo", 3), ("rloo", 13)])
+def test_resumed_is_bitwise_uninterrupted(tmp_path, inputs, name, stop, monkeypatch):
+    """A pass over the prompts has 10 steps: the last case is stopped in the second."""
     from stages.engine import Reporting
 
-    stage(tmp_path / "straight", name, inputs)
+    steps = {"max_steps": stop + 1}
+    stage(tmp_path / "straight", name, inputs, **steps)
     real = Reporting.on_step_end
 
     def interrupted(self, args, state, control, **kwargs):
         real(self, args, state, control, **kwargs)
-        if state.global_step == 3:
+        if state.global_step == stop:
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
         patch.setattr(Reporting, "on_step_end", interrupted)
         with pytest.raises(KeyboardInterrupt):
-            stage(tmp_path / "cut", name, inputs)
-    assert (tmp_path / "cut/checkpoints/checkpoint-2/complete").exists()
+            stage(tmp_path / "cut", name, inputs, **steps)
+    assert (tmp_path / f"cut/checkpoints/checkpoint-{stop - 1}/complete").exists()
     torch.manual_seed(9)  # a new process begins elsewhere
-    stage(tmp_path / "cut", name, inputs)
+    stage(tmp_path / "cut", name, inputs, **steps)
     weights = "model/model.safetensors"
     assert (tmp_path / "cut" / weights).read_bytes() == (tmp_path / "straight" / weights).read_bytes()
     assert logged(tmp_path / "cut") == logged(tmp_path / "straight")
