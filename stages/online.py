@@ -12,7 +12,14 @@ from annotate.records import Record, read
 from stages.config import Model, Records, StageConfig, UserError
 from stages.run import Run
 
-SAMPLING = {"temperature": 1.0, "top_p": 1.0, "top_k": 0, "min_p": None, "generation_kwargs": None}
+SAMPLING = {
+    "temperature": 1.0,
+    "top_p": 1.0,
+    "top_k": 0,
+    "min_p": None,
+    "repetition_penalty": 1.0,
+    "generation_kwargs": None,
+}
 """The distribution that KL and the gradient speak of, and evaluation draws from."""
 
 
