@@ -7,12 +7,16 @@
     collect    items                       -> judgements
     rm         policy, judgements          -> reward model
     dpo        policy, judgements          -> policy
+    kto        policy, judgements          -> policy
     ppo        policy, reward, prompts     -> policy
+    rloo       policy, reward, prompts     -> policy
+    grpo       policy, reward, prompts     -> policy
     evaluate   policies, prompts           -> one row for each reply, with everything measured on it
     report     evaluations                 -> table, plots, page
 
 What runs them: `config` (settings), `run` (what a stage writes, and its record), `pipeline` (which, in what
-order), `cli` (the command line). What several of them share: `engine` and `objectives` (training).
+order), `cli` (the command line). What several of them share: `engine`,
+`objectives` and `online` (training).
 """
 
 import os

@@ -80,7 +80,7 @@ def policy_path(run: str) -> str:
             raise UserError(f"{run} is {status}: finish it with `prefloop run` first")
         folder = folder / "model"
         if not folder.exists():
-            raise UserError(f"{run} has no model: chat needs a run of pretrain, sft, dpo or ppo")
+            raise UserError(f"{run} has no model: chat needs the run of a policy, such as sft or ppo")
     elif not folder.exists():
         if run.startswith((".", "/", "~", "runs/")):
             raise UserError(f"{run}: no such folder; `prefloop status CONFIG` lists the runs")

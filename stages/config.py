@@ -7,10 +7,13 @@
       sft: {model: pretrain, data: prepare}
       sft-small: {stage: sft, model: pretrain, data: prepare}      # a second stage of kind `sft`
 
+Stages that differ in little can share the rest by YAML's own `&name` and `<<: *name`.
+
 A field marked `Reads` names another stage of the experiment, a path, or (for models) a hub id. Before a
 stage's `main` runs, the runner replaces it by the path of the artifact: stages only see paths and hub ids.
 """
 
+import copy
 import importlib
 import shlex
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -26,7 +29,11 @@ from stages.errors import UserError as UserError  # stages take it from here
 from stages.libraries import check_block
 from stages.yamlfile import NAME, mapping, only_known, override, read
 
-STAGES = ("prepare", "pretrain", "sft", "sample", "collect", "rm", "dpo", "ppo", "evaluate", "report")
+STAGES = (
+    "prepare", "pretrain", "sft", "sample", "collect",
+    "rm", "dpo", "kto", "ppo", "rloo", "grpo",
+    "evaluate", "report",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -136,7 +143,7 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Experiment:
     if not isinstance(seed, int) or isinstance(seed, bool) or seed < 0:
         raise SettingsError(f"{path}: seed: needs a whole number from 0 on, not {seed!r}")
     settings = {
-        stage: dict(mapping(path, f"stages.{stage}", value or {}))
+        stage: copy.deepcopy(mapping(path, f"stages.{stage}", value or {}))  # an alias shares its blocks
         for stage, value in mapping(path, "stages", raw.get("stages")).items()
     }
     if not settings:

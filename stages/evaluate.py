@@ -15,7 +15,7 @@ is in memory at a time. Best-of-n keeps the best of n SFT replies by the reward 
 there is one: the ceiling of what any reward model could choose.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator
@@ -26,6 +26,8 @@ from stages.config import Items, Model, Reads, Records, StageConfig, UserError
 from stages.run import Run
 
 VERSION = 1
+
+Count = Annotated[int, Field(ge=1)]
 
 
 class Config(StageConfig):
@@ -39,7 +41,8 @@ class Config(StageConfig):
     """The world whose rubric scores replies; none: no truth is known, and the reward model stays a proxy."""
     examples: int = Field(default=400, ge=2)
     """The first so many prompts in the order of their ids, which are hashes: the same for every seed."""
-    best_of: int = Field(default=8, ge=1)
+    best_of: Count | list[Count] = 8
+    """How many of SFT's replies best-of-n chooses from. Several: of the same replies the first so many."""
     max_new_tokens: int = Field(default=64, ge=1)
 
     @field_validator("policies")
@@ -50,6 +53,11 @@ class Config(StageConfig):
                 "one policy must be named sft: win rates, KL and headroom are measured against it"
             )
         return policies
+
+    @property
+    def sizes(self) -> list[int]:
+        """Of best-of-n."""
+        return [self.best_of] if isinstance(self.best_of, int) else self.best_of
 
 
 def main(config: Config, run: Run) -> None:
@@ -138,12 +146,12 @@ def choose_prompts(config: Config, run: Run) -> tuple[list[Record], list[list[in
 
 
 Replies = dict[str, list[list[measures.Reply]]]
-"""By policy and prompt: one reply, of SFT `best_of`."""
+"""By policy and prompt: one reply, of SFT as many as best-of-n needs."""
 
 
 def sample_all(config: Config, run: Run, records: Sequence[Record], prompts: Sequence[list[int]]) -> Replies:
     replies: Replies = {}
-    counts = {policy: config.best_of if policy == "sft" else 1 for policy in config.policies}
+    counts = {policy: max([1, *config.sizes]) if policy == "sft" else 1 for policy in config.policies}
     total = len(records) * sum(counts.values())
     with run.progress("sampling", total=total, unit="samples") as bar:
         for policy, path in config.policies.items():
@@ -156,14 +164,19 @@ def sample_all(config: Config, run: Run, records: Sequence[Record], prompts: Seq
 
 def choose_best(config: Config, replies: Replies) -> dict[str, list[measures.Reply]]:
     """The table's rows in order: each policy's first reply to each prompt; after SFT's, the best of its n."""
-    n = config.best_of
+    judges: dict[str, Callable[[measures.Reply], float]] = {}
+    if config.reward is not None:
+        judges["rm"] = lambda r: r.reward or 0.0
+    if config.gold != "none":
+        judges["rubric"] = lambda r: r.gold or 0.0
     table: dict[str, list[measures.Reply]] = {}
     for policy, groups in replies.items():
         table[policy] = [group[0] for group in groups]
-        if policy == "sft" and n > 1 and config.reward is not None:
-            table[f"best-of-{n} (rm)"] = [max(group, key=lambda r: r.reward or 0.0) for group in groups]
-        if policy == "sft" and n > 1 and config.gold != "none":
-            table[f"best-of-{n} (rubric)"] = [max(group, key=lambda r: r.gold or 0.0) for group in groups]
+        if policy == "sft":
+            for judge, score in judges.items():
+                for n in config.sizes:
+                    if n > 1:
+                        table[f"best-of-{n} ({judge})"] = [max(group[:n], key=score) for group in groups]
     return table
 
 

@@ -16,7 +16,8 @@ def explain(kind: str) -> str:
         "",
         f"Settings, in the experiment file or as {kind}.FIELD=VALUE",
     ]
-    meanings = {**field_docs(StageConfig), **field_docs(stage.Config)}
+    bases = [base for base in reversed(stage.Config.__mro__) if issubclass(base, StageConfig)]
+    meanings = {name: text for base in bases for name, text in field_docs(base).items()}
     inputs = stage.Config.inputs()
     own = [name for name in stage.Config.model_fields if name not in StageConfig.model_fields]
     for name in [*own, *StageConfig.model_fields]:

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from annotate.records import draw
-from stages.table import HEALTH, QUALITY, REFERENCE, Metric, Table, cell, grid, marks, shown
+from stages.table import HEALTH, QUALITY, REFERENCE, Line, Metric, Table, cell, grid, marks, point, shown
 
 if TYPE_CHECKING:
     from stages.tabulate import Scored
@@ -50,8 +50,10 @@ def headline(table: Table) -> str:
         line for line in table.lines if name in line.metrics and line.policy not in ("base", REFERENCE)
     ]
     tuned = [line for line in trained if not line.policy.startswith("best-of-")] or trained
-    tuned.sort(key=lambda line: -line.metrics[name].value)
-    found = ", ".join(f"{line.policy} {cell(line, metric)}" for line in tuned)
+    best: dict[str, Line] = {}  # of each method the highest
+    for line in sorted(tuned, key=lambda line: -line.metrics[name].value):
+        best.setdefault(point(line.policy)[0], line)
+    found = ", ".join(f"{line.policy} {cell(line, metric)}" for line in best.values())
     if not found:
         return "No policy beside SFT was measured."
     if name == "headroom":

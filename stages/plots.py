@@ -7,7 +7,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from stages.table import REFERENCE, Line, Number, Table
+from stages.table import REFERENCE, Line, Number, Table, point
 
 ORANGE, SKY, GREEN, BLUE, RED, PURPLE, BLACK = (
     "#E69F00", "#56B4E9", "#009E73", "#0072B2", "#D55E00", "#CC79A7", "#000000",
@@ -72,11 +72,20 @@ def training(rollouts: Mapping[int, Sequence[Sampled]], table: Table, path: Path
 
 
 def frontier(rollouts: Mapping[int, Sequence[Sampled]], table: Table, path: Path) -> None:
-    """Score against KL to SFT: PPO's steps as points, the rows of the table as marks with both intervals."""
+    """Score against KL to SFT: PPO's steps as points, the rows of the table as marks with both intervals.
+
+    Points of one method are joined and named; there is one panel then, of the score that counts.
+    """
     plt = _pyplot()
+    methods: dict[str, list[Line]] = {}
+    for line in table.lines:
+        if "kl" in line.metrics and line.policy != "base":
+            methods.setdefault(point(line.policy)[0], []).append(line)
+    swept = max(map(len, methods.values())) > 1
     panels = [(GOLD, "gold"), (PROXY, "reward")] if table.measure == "gold" else [(PROXY, "reward")]
-    fig, axes = plt.subplots(1, len(panels), figsize=(1.4 + 4.2 * len(panels), 4.4), squeeze=False)
-    lines = [line for line in table.lines if "kl" in line.metrics and line.policy != "base"]
+    panels = panels[:1] if swept else panels
+    size = (9.0, 6.6) if swept else (1.4 + 4.2 * len(panels), 4.4)
+    fig, axes = plt.subplots(1, len(panels), figsize=size, squeeze=False)
     for ax, (label, field) in zip(axes[0], panels, strict=True):
         for rows in rollouts.values():
             _, kl = _by_step(rows, "kl")
@@ -84,9 +93,9 @@ def frontier(rollouts: Mapping[int, Sequence[Sampled]], table: Table, path: Path
             ax.scatter(
                 [n.value for n in kl], [n.value for n in score], s=9, color=GREEN, alpha=0.45, lw=0, zorder=2
             )
-        for index, line in enumerate(lines):
-            if field in line.metrics:
-                _mark(ax, line, line.metrics[field], index)
+        for index, lines in enumerate(methods.values()):
+            if held := [line for line in lines if field in line.metrics]:
+                _marks(ax, held, field, index)
         ax.set_xscale("function", functions=(_signed_root, _signed_square))
         ticks = _ticks(ax.get_xlim()[1])
         ax.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
@@ -99,10 +108,11 @@ def frontier(rollouts: Mapping[int, Sequence[Sampled]], table: Table, path: Path
     if any(rollouts.values()):
         handles.append(plt.Line2D([], [], marker="o", ls="", ms=3, color=GREEN, alpha=0.6))
         labels.append("PPO's steps (training prompts)")
-    columns = 1 + len(panels)
+    columns = 4 if swept else 1 + len(panels)
     fig.legend(handles, labels, loc="lower center", ncols=columns, fontsize=9)
     axes[0, 0].set_title("What the distance from SFT buys", loc="left")
-    fig.tight_layout(rect=(0, 0.02 + 0.05 * math.ceil(len(labels) / columns), 1, 1))
+    below = 0.02 + 0.22 * math.ceil(len(labels) / columns) / size[1]  # 0.22 inches for a line of the legend
+    fig.tight_layout(rect=(0, below, 1, 1))
     _save(fig, path, tight=False)
 
 
@@ -121,19 +131,32 @@ MARKS = {
     "ppo": ("D", GREEN),
     "rm": ("^", ORANGE),
     "rubric": ("v", PURPLE),
+    "ipo": ("P", SKY),
+    "simpo": ("X", RED),
+    "rloo": ("p", BLACK),
+    "grpo": (">", RED),
+    "kto": ("<", BLUE),
 }
 OTHERS = (("P", RED), ("X", SKY), ("*", BLACK), ("h", BLUE), ("<", ORANGE), (">", PURPLE))
 
 
-def _mark(ax: Any, line: Line, score: Number, index: int) -> None:
-    words = line.policy.replace("(", " ").replace(")", " ").split()
+def _marks(ax: Any, lines: Sequence[Line], field: str, index: int) -> None:
+    """The points of one method, each with its intervals; several are joined in the order of their KL."""
+    method = point(lines[0].policy)[0]
+    words = method.replace("(", " ").replace(")", " ").split()
     marker, colour = MARKS.get(words[-1], OTHERS[index % len(OTHERS)])
-    kl = line.metrics["kl"]
-    label = line.policy + (", KL bound" if line.kl_is_bound else "")
-    at = {"x": [kl.value], "y": [score.value]}
-    ax.errorbar(
-        **at, xerr=_reach(kl), yerr=_reach(score), fmt="none", ecolor=colour, capsize=3, lw=1.4, zorder=3
-    )
+    label = (method if len(lines) > 1 else lines[0].policy) + ", KL bound" * lines[0].kl_is_bound
+    lines = sorted(lines, key=lambda line: line.metrics["kl"].value)
+    kl, score = [line.metrics["kl"] for line in lines], [line.metrics[field] for line in lines]
+    at = {"x": [n.value for n in kl], "y": [n.value for n in score]}
+    if len(lines) > 1:
+        ax.plot(at["x"], at["y"], color=colour, lw=1, alpha=0.6, zorder=2)
+        for line, x, y in zip(lines, at["x"], at["y"], strict=True):
+            place = {"textcoords": "offset points", "xytext": (5, -9), "fontsize": 8, "color": colour}
+            ax.annotate(point(line.policy)[1], (x, y), zorder=5, **place)
+    for k, s in zip(kl, score, strict=True):
+        reach = {"xerr": _reach(k), "yerr": _reach(s), "fmt": "none"}
+        ax.errorbar(k.value, s.value, **reach, ecolor=colour, capsize=3, lw=1.4, zorder=3)
     ax.scatter(
         **at, marker=marker, color=colour, s=60, edgecolors="white", linewidths=0.8, zorder=4, label=label
     )

@@ -17,8 +17,9 @@ the passes of one update below 0.05; `value_loss` falls.
 import shutil
 from typing import TYPE_CHECKING, Annotated, Any
 
-from annotate.records import Record, read, write
+from annotate.records import read, write
 from stages.config import KeysOf, Model, Records, StageConfig, UserError
+from stages.online import load
 from stages.run import Run
 
 if TYPE_CHECKING:
@@ -37,20 +38,12 @@ class Config(StageConfig):
 def main(config: Config, run: Run) -> None:
     from torch import nn
 
-    from reward.model import load_policy, load_reward, same_vocabulary, save
+    from reward.model import load_policy, save
     from stages.engine import Engine, Reporting, train
     from stages.ppo_trainer import PPO, RatioGuard, Rollouts, summary
 
-    records = [r for r in read(config.prompts, Record) if r.split == "train" and r.use == "policy"]
-    if not records:
-        raise UserError(f"{config.prompts}: no prompt of use `policy` in the training split")
-    policy, tokenizer = load_policy(config.policy)
+    records, policy, tokenizer, reward = load(config.policy, config.reward, config.prompts)
     reference = load_policy(config.policy)[0].requires_grad_(False)
-    reward, reward_tokenizer = load_reward(config.reward)
-    if not same_vocabulary(tokenizer, reward_tokenizer):
-        raise UserError(
-            f"the reward model {config.reward} has another vocabulary than the policy {config.policy}"
-        )
 
     policy.value_head = nn.Linear(policy.config.hidden_size, 1).to(policy.device)
     nn.init.zeros_(policy.value_head.weight)  # values start at 0 and leave the trunk alone at first

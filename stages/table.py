@@ -5,6 +5,7 @@
 
 import csv
 import io
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -105,6 +106,14 @@ METRICS = (
 )
 QUALITY = METRICS[:6]
 HEALTH = METRICS[7:]
+
+
+def point(policy: str) -> tuple[str, str]:
+    """(method, which point of it): `dpo β=0.3` is `β=0.3` of dpo, `best-of-8 (rm)` is `n=8` of its kind."""
+    if best_of := re.fullmatch(r"best-of-(\d+) (\(.*\))", policy):
+        return f"best-of-n {best_of[2]}", f"n={best_of[1]}"
+    method, _, name = policy.partition(" ")
+    return method, name
 
 
 def load(path: str | Path) -> Table:

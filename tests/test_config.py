@@ -73,6 +73,15 @@ def test_overrides_replace_and_reach_into_blocks(experiment):
     assert found.command.endswith("train.mixture.more=make make.text=a=b")
 
 
+def test_stages_share_settings_by_alias_and_an_override_of_one_leaves_the_others(experiment):
+    text = "  make:\n  tune: &tune {stage: tune, model: make, trainer: &t {max_steps: 3, logging_steps: 1}}\n"
+    text += "  more: {<<: *tune, trainer: {<<: *t, max_steps: 5}}\n  same: {<<: *tune}\n"
+    found = experiment(stages(text), "tune.trainer.logging_steps=2").stages
+    assert found["tune"].trainer == {"max_steps": 3, "logging_steps": 2}
+    assert found["more"].trainer == {"max_steps": 5, "logging_steps": 1}
+    assert found["same"].trainer == {"max_steps": 3, "logging_steps": 1}
+
+
 def test_an_empty_override_is_null(experiment):
     assert experiment(toys.EXPERIMENT, "make.source=").stages["make"].source is None
 

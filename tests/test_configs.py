@@ -10,7 +10,29 @@ CONFIGS = sorted(Path("configs").rglob("*.yaml"))
 
 
 def test_there_are_the_promised_experiments():
-    assert {"quickstart", "smoke", "hh"} <= {path.stem for path in CONFIGS}
+    assert {"quickstart", "smoke", "hh", "frontier"} <= {path.stem for path in CONFIGS}
+
+
+def test_the_frontier_is_drawn_in_the_quickstarts_world_and_has_every_kind_of_stage():
+    frontier, quickstart = load("configs/frontier.yaml"), load("configs/quickstart.yaml")
+    for stage in ("prepare", "pretrain", "sft", "sample", "collect", "rm", "dpo", "ppo"):
+        assert frontier.stages[stage] == quickstart.stages[stage]
+    assert set(frontier.kinds.values()) == set(STAGES)
+    measured = set(frontier.uses("evaluate")) - {"prepare", "sample", "rm"}
+    trained = {"pretrain", "sft", "dpo", "kto", "ppo", "rloo", "grpo"}
+    assert measured == {stage for stage, kind in frontier.kinds.items() if kind in trained}
+
+
+def test_the_frontiers_online_methods_draw_as_many_replies_as_ppo(tmp_path):
+    from trl import GRPOConfig, RLOOConfig
+
+    from stages.online import online_arguments, sampled
+    from tests.tiny import run_in
+
+    stages = load("configs/frontier.yaml").stages
+    for stage, kind in (("rloo", RLOOConfig), ("rloo-0_3", RLOOConfig), ("grpo", GRPOConfig)):
+        args = online_arguments(stages[stage].trainer, run_in(tmp_path, stage), kind, {})
+        assert sampled(args, args.max_steps) == stages["ppo"].trainer["total_episodes"]
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=str)

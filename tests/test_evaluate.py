@@ -236,6 +236,21 @@ def test_best_of_n_is_the_best_of_what_sft_said(evaluated):
     assert any(best[id].reward > sft[id].reward for id in sft)
 
 
+def test_several_sizes_of_best_of_n_choose_from_the_same_replies(models, helpdesk, tmp_path, evaluated):
+    execute(settings(models, helpdesk, best_of=[1, 2, 3]), tmp_path)
+    chosen = {}
+    for row in read(tmp_path / "records.jsonl", Evaluation):
+        chosen.setdefault(row.policy, {})[row.id] = row
+    assert list(chosen)[1:6] == [
+        "sft",
+        *(f"best-of-{n} ({judge})" for judge in ("rm", "rubric") for n in (2, 3)),
+    ]
+    two, three = chosen["best-of-2 (rm)"], chosen["best-of-3 (rm)"]
+    assert all(three[id].reward >= two[id].reward >= chosen["sft"][id].reward for id in two)
+    _, alone = evaluated  # with n=3 only, another run
+    assert [r for r in alone if r.policy == "best-of-3 (rm)"] == list(three.values())
+
+
 def test_rollouts_get_their_true_score(evaluated, helpdesk):
     from stages.helpdesk import rubric
     from stages.ppo_trainer import Rollout

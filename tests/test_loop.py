@@ -17,11 +17,12 @@ import pytest
 from annotate.queue import Label
 from annotate.records import Completion, Judgement, read
 from annotate.store import Store
-from stages.config import STAGES
+from stages.config import load
 from stages.manifest import load_manifest
 
 CONFIG = "configs/smoke.yaml"
 RUN = ["run", CONFIG]
+STAGES = load(CONFIG).stages
 LABELS_ONE_BY_ONE = "import stages.collect as c; c.BATCH = 1"
 """Simulated labels are saved some hundred at a time: too fast to be killed in the middle."""
 

@@ -19,7 +19,7 @@ from stages import page, plots, report
 from stages.config import UserError
 from stages.manifest import Input, Manifest, load_manifest
 from stages.run import Run
-from stages.table import HEALTH, QUALITY, Number, RunFacts, grid, to_csv
+from stages.table import HEALTH, QUALITY, Number, RunFacts, grid, point, to_csv
 from stages.tabulate import Scored, compute
 
 POLICIES = {  # gold, KL, share that stops
@@ -31,12 +31,12 @@ POLICIES = {  # gold, KL, share that stops
 }
 
 
-def rows(seeds=(0,), prompts=40, gold=True, **changes):
+def rows(seeds=(0,), prompts=40, gold=True, policies=POLICIES, **changes):
     """Evaluation rows whose differences between policies are known but for noise."""
     made = []
     for seed in seeds:
         rng = random.Random(seed)
-        for policy, (score, kl, stopping) in POLICIES.items():
+        for policy, (score, kl, stopping) in policies.items():
             for i in range(prompts):
                 prompt = [Message(role="user", content=f"My kettle {i} | <b>broke</b>. *Help*?")]
                 value = min(5.0, max(0.0, score + random.Random(i).gauss(0, 0.3) + rng.gauss(0, 0.7)))
@@ -244,6 +244,47 @@ def test_plots_are_drawn_and_are_the_same_bytes(tmp_path):
         first = (tmp_path / f"a-{kind}.png").read_bytes()
         assert first.startswith(b"\x89PNG") and len(first) > 10_000
         assert first == (tmp_path / f"b-{kind}.png").read_bytes()
+
+
+SWEEP = {
+    "sft": (1.5, 0.0, 0.99),
+    **{f"best-of-{n} ({judge})": (1.5 + n / 8, None, 0.99) for judge in ("rm", "rubric") for n in (2, 4, 8)},
+    **{f"dpo β={beta}": (3.4 - beta, 6 * (1 - beta), 0.99) for beta in (0.1, 0.3, 0.9)},
+    "kto": (2.9, 4.0, 0.99),
+}
+
+
+def test_points_of_a_method_are_one_line_of_the_frontier(tmp_path, monkeypatch):
+    found = table(policies=SWEEP)
+    drawn = []
+    monkeypatch.setattr(plots, "_save", lambda fig, path, tight=True: drawn.append(fig))
+    plots.frontier({}, found, tmp_path / "frontier.png")
+    [ax] = drawn[0].axes  # the score that counts, alone
+    curves = [one for one in ax.lines if len(one.get_xdata()) == 3]
+    assert len(curves) == 3
+    assert all(list(one.get_xdata()) == sorted(one.get_xdata()) for one in curves)
+    texts = [text.get_text() for text in ax.texts]
+    assert texts.count("n=2") == 2 and {"β=0.1", "β=0.3", "β=0.9"} <= set(texts)
+    names = [text.get_text() for text in drawn[0].legends[0].get_texts()]
+    assert names == ["sft", "best-of-n (rm), KL bound", "best-of-n (rubric), KL bound", "dpo", "kto"]
+
+
+def test_the_headline_names_the_best_point_of_each_method():
+    found = page.headline(table(policies=SWEEP))
+    assert re.fullmatch(r".*closed: dpo β=0.1 \d+ % \[.*\], kto \d+ % \[.*\]\.", found)
+
+
+@pytest.mark.parametrize(
+    ("policy", "expected"),
+    [
+        ("dpo", ("dpo", "")),
+        ("dpo β=0.3", ("dpo", "β=0.3")),
+        ("best-of-16 (rubric)", ("best-of-n (rubric)", "n=16")),
+        ("best-of-luck", ("best-of-luck", "")),
+    ],
+)
+def test_the_name_of_a_policy_says_method_and_point(policy, expected):
+    assert point(policy) == expected
 
 
 def made(runs, stage, seed, inputs=None, gate=True, **recorded):
