@@ -42,7 +42,7 @@ class Sampler:
         tokenizer: PreTrainedTokenizerBase,
         max_new_tokens: int,
         temperature: float = 1.0,
-        batch_size: int = 128,
+        batch_size: int = 256,
     ):
         self.model, self.tokenizer = model, tokenizer
         self.max_new_tokens, self.temperature, self.batch_size = max_new_tokens, temperature, batch_size

@@ -25,7 +25,10 @@ from stages import measures
 from stages.config import Items, Model, Reads, Records, StageConfig, UserError
 from stages.run import Run
 
-VERSION = 1
+VERSION = 2
+
+DEMONSTRATIONS = 4000
+"""How many are scored: enough to know their mean to about 0.1 of 10 points."""
 
 Count = Annotated[int, Field(ge=1)]
 
@@ -65,6 +68,7 @@ def main(config: Config, run: Run) -> None:
     check_families(config)
     records, prompts = choose_prompts(config, run)
     check_reward_model(config, run, world)
+    score_demonstrations(config, run, world)
 
     replies = sample_all(config, run, records, prompts)
     flat = [reply for of_policy in replies.values() for group in of_policy for reply in group]
@@ -232,6 +236,20 @@ def check_reward_model(config: Config, run: Run, world: World | None) -> None:
     run.record(
         reward_agreement={"value": found.value, "low": found.low, "high": found.high, "pairs": len(kept)}
     )
+
+
+def score_demonstrations(config: Config, run: Run, world: World | None) -> None:
+    """What SFT imitates, by the rubric: its own replies can hardly score better, and should not score worse."""
+    if world is None:
+        return
+    from annotate.statistics import mean
+
+    rows = (r for r in read(config.prompts, Record) if r.split == "train" and r.use == "sft" and r.completion)
+    chosen = sorted(rows, key=lambda r: r.id)[:DEMONSTRATIONS]
+    if len(chosen) < 2:
+        return
+    found = mean([world.score(r.facts, r.completion or "") for r in chosen], [r.id for r in chosen])
+    run.record(demonstrations={"value": found.value, "low": found.low, "high": found.high})
 
 
 def summarise(config: Config, run: Run, rows: Sequence[Evaluation], world: World | None) -> None:

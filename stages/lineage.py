@@ -50,8 +50,9 @@ def trace(table: Table, evaluations: Sequence[Source]) -> None:
         judged = Counter(kind for folder in runs for kind in judgements(runs[folder]))
         line.labels = ", ".join(JUDGES[kind] for kind in sorted(judged))
         table.runs |= {short(folder): facts(manifest) for folder, manifest in runs.items()}
-    tested = [source.known("reward_agreement") for source in evaluations]
-    table.reward_agreement = [Number(value=t["value"], low=t["low"], high=t["high"]) for t in tested if t]
+    for name in ("reward_agreement", "demonstrations"):
+        known = [source.known(name) for source in evaluations]
+        setattr(table, name, [Number(value=k["value"], low=k["low"], high=k["high"]) for k in known if k])
 
 
 def ancestors(folder: str) -> dict[str, Manifest]:

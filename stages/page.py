@@ -6,7 +6,20 @@ from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from annotate.records import draw
-from stages.table import HEALTH, QUALITY, REFERENCE, Line, Metric, Table, cell, grid, marks, point, shown
+from stages.table import (
+    HEALTH,
+    QUALITY,
+    REFERENCE,
+    Line,
+    Metric,
+    Number,
+    Table,
+    cell,
+    grid,
+    marks,
+    point,
+    shown,
+)
 
 if TYPE_CHECKING:
     from stages.tabulate import Scored
@@ -104,14 +117,12 @@ def _guide(table: Table) -> Iterable[str]:
         "the bare reply."
     )
     if table.reward_agreement:
-        agreed = ", ".join(
-            f"{n.value:.2f}" + (f" [{n.low:.2f}, {n.high:.2f}]" if n.low is not None else "")
-            for n in table.reward_agreement
-        )
         yield (
-            f"**The reward model** prefers what the rubric prefers in {agreed} of held-out pairs "
-            "whose rubric scores differ."
+            f"**The reward model** prefers what the rubric prefers in {_by_seed(table.reward_agreement)} of "
+            "held-out pairs whose rubric scores differ."
         )
+    if table.demonstrations:
+        yield f"**The demonstrations** that SFT learned from score {_by_seed(table.demonstrations)} in gold."
     effects = [line.detectable for line in table.lines if line.detectable]
     if effects:
         yield (
@@ -119,6 +130,12 @@ def _guide(table: Table) -> Iterable[str]:
             f"{max(effects):.2f} or more in the {_measure(table)} is found with a probability of at "
             "least 80 % (two-sided test at 5 %, each row by itself)."
         )
+
+
+def _by_seed(numbers: Sequence[Number]) -> str:
+    return ", ".join(
+        f"{n.value:.2f}" + (f" [{n.low:.2f}, {n.high:.2f}]" if n.low is not None else "") for n in numbers
+    )
 
 
 def _measure(table: Table) -> str:

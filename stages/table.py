@@ -70,6 +70,8 @@ class Table(BaseModel):
     runs: dict[str, RunFacts] = {}
     reward_agreement: list[Number] = []
     """By seed: how often the reward model prefers what the rubric prefers, on held-out pairs that differ."""
+    demonstrations: list[Number] = []
+    """By seed: the mean gold score of the demonstrations that SFT learned from."""
 
     def failed(self, line: Line) -> list[str]:
         """Gates that any run behind this line did not pass."""

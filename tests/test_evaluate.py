@@ -8,6 +8,7 @@ from stages import evaluate, measures
 from stages.config import UserError
 from stages.manifest import Manifest
 from stages.run import Run
+from tests import tiny
 
 THINGS = ("kettle", "lamp", "pan")
 TEXTS = [f"Dear Ann, sorry about the {thing}. We will send a new one." for thing in THINGS]
@@ -269,6 +270,30 @@ def test_manifest_holds_what_the_report_needs(evaluated):
     golds = [row.gold for row in rows if row.policy == "ppo"]
     assert metrics["gold/ppo"] == pytest.approx(sum(golds) / len(golds))
     assert 0 <= facts["reward_agreement"]["value"] <= 1 and facts["reward_agreement"]["pairs"] >= 2
+
+
+def test_demonstrations_of_the_training_split_are_scored(models, helpdesk, tmp_path):
+    from stages.helpdesk import rubric, world
+
+    shown = [
+        Record(
+            id=prompt_id(ticket.prompt),
+            split="train",
+            use="sft",
+            prompt=ticket.prompt,
+            facts=ticket.facts,
+            completion=world.demonstration(ticket, 0),
+        )
+        for ticket in world.tickets(5, 20)
+    ]
+    rows = read(helpdesk / "records.jsonl", Record)
+    write(tmp_path / "records.jsonl", [*rows, *shown, shown[0].model_copy(update={"split": "test"})])
+    config = settings(models, helpdesk).model_copy(update={"prompts": str(tmp_path / "records.jsonl")})
+    run = tiny.run_in(tmp_path / "run", "evaluate")
+    evaluate.score_demonstrations(config, run, evaluate.World())
+    golds = [rubric.score(row.facts, row.completion).total for row in shown]
+    found = run.manifest.facts["demonstrations"]
+    assert found["low"] < found["value"] == pytest.approx(sum(golds) / 20) < found["high"]
 
 
 def test_same_seed_same_bytes_and_another_seed_other_replies(models, helpdesk, evaluated, tmp_path):

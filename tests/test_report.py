@@ -330,6 +330,7 @@ def world(tmp_path_factory):
             made_from=made_from | {"best-of-8 (rm)": ["policies.sft", "reward"]},
             gold_maximum=5.0,
             reward_agreement={"value": 0.9, "low": 0.86, "high": 0.93, "pairs": 250},
+            demonstrations={"value": 2.1, "low": 2.0, "high": 2.2},
         )
         plain = [Evaluation(**row.model_dump(exclude={"seed"})) for row in rows(seeds=(seed,))]
         write(folder / "records.jsonl", plain)
@@ -385,7 +386,11 @@ def test_page_says_who_judged_and_how_it_was_made(reported):
     text = (reported / "README.md").read_text()
     assert "Judgements behind the trained rows: people." in text
     assert "prefloop run configs/quickstart.yaml prepare.data=rows.jsonl --seeds 0,1" in text
-    assert "0.90 [0.86, 0.93]" in text and "3 judgements (person)" in text
+    assert (
+        "2.10 [2.00, 2.20] in gold" in text
+        and "0.90 [0.86, 0.93]" in text
+        and "3 judgements (person)" in text
+    )
     assert str(reported.parent) not in text
 
 

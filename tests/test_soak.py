@@ -38,7 +38,10 @@ def lines(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Line]:
     table = load(report)
     assert all(number.value >= 0.85 for number in table.reward_agreement)
     assert len(table.reward_agreement) == 3
-    return {line.policy: line for line in table.lines}
+    lines = {line.policy: line for line in table.lines}
+    demonstrations = [number.value for number in table.demonstrations]
+    assert abs(value(lines["sft"], "gold") - sum(demonstrations) / 3) <= 0.05 * 10
+    return lines
 
 
 def value(line: Line, metric: str) -> float:
