@@ -239,7 +239,7 @@ def check_reward_model(config: Config, run: Run, world: World | None) -> None:
 
 
 def score_demonstrations(config: Config, run: Run, world: World | None) -> None:
-    """What SFT imitates, by the rubric: its own replies can hardly score better, and should not score worse."""
+    """What SFT imitates, by the rubric: the score that its own replies should come close to."""
     if world is None:
         return
     from annotate.statistics import mean
