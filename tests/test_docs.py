@@ -28,6 +28,7 @@ NOT_RUN = {
     r".*sft\.model=.*": "needs a checkpoint; tests/test_loop.py brings some",
     r".*(configs/hh\.yaml|\.\./shared/).*": "needs real data beside the checkout",
     r".*--publish.*": "writes into results/",
+    r"python -m tests\.benchmarks\..*": "trains for minutes; test_benchmarks.py runs small ones",
     r".*--seeds .*|.*torchrun .*": "several times the smoke run; make soak does it",
 }
 """What the whole command must match -> why it is not run here."""
