@@ -43,6 +43,7 @@ class Case:
     precomputed: bool = False  # the reference's log-probabilities, before the clock starts
     trl: dict[str, Any] = field(default_factory=dict)  # what differs from COMMON
     steps: int = -1
+    turns: int = 0  # instead of --repeats
 
 
 COMMON = {
@@ -65,8 +66,9 @@ CASES = {
         "sft", "", 64, trl={"packing": True, "max_length": 1024, "per_device_train_batch_size": 1}
     ),
     "sft, grouped by length": Case("sft", ">= 2", 64, trl={"train_sampling_strategy": "group_by_length"}),
-    "dpo": Case("dpo", ">= 5", 64),
-    "dpo, reference before": Case("dpo", ">= 5", 64, precomputed=True, trl=BEFORE),
+    "dpo": Case("dpo", ">= 5", 32),
+    "dpo, reference before": Case("dpo", ">= 5", 32, precomputed=True, trl=BEFORE),
+    "dpo, 32 steps for the losses": Case("dpo", "", 256, turns=1),
     "dpo, V 32768, 384x6": Case("dpo", ">= 5", 16, hidden=384, layers=6, vocabulary=32768),
     "rm": Case("rm", ">= 2", 64),
     "short sft": Case("sft", ">= 1.3", 128, rows="short"),
@@ -338,7 +340,7 @@ def line(name: str, case: Case, found: dict[str, list[dict[str, Any]]]) -> list[
         f"{median(theirs, 'cpu'):.1f}",
         f"{median(of_us, 'cpu'):.1f}",
         f"{median(of_us, 'tokens') / median(of_us, 'cpu'):,.0f}",
-        f"**{ratio:.2f}** [{low:.2f}, {high:.2f}]",
+        f"**{ratio:.2f}**" + (f" [{low:.2f}, {high:.2f}]" if low == low else ""),
         case.target,
         f"{median(theirs, 'wall') / median(of_us, 'wall'):.2f}",
         f"{memory:.2f}",
@@ -514,7 +516,7 @@ def main() -> None:
     lines = []
     for name, case in chosen.items():
         rows = (long if case.rows == "hh" else short_rows(most))[: case.examples]
-        lines.append(line(name, case, alternate(case, rows, args.repeats)))
+        lines.append(line(name, case, alternate(case, rows, case.turns or args.repeats)))
         print(" | ".join(lines[-1]), flush=True)
     RESULTS.mkdir(parents=True, exist_ok=True)
     told = " ".join(sys.argv[1:])
