@@ -1,17 +1,19 @@
-"""Base model: a tokenizer and a small Llama, trained from nothing on plain text. For where no checkpoint is
-given.
+"""Base model: a small Llama with its tokenizer, from nothing on plain text; or a given model, trained on.
 
     prefloop pretrain configs/quickstart.yaml pretrain.hidden=192
 
 Reads    corpus   plain text of the prepare stage, documents separated by blank lines
          texts    further text files of the same form, or with <|endoftext|> between documents
+         model    to continue from, with its tokenizer: an earlier stage, a local folder, or a hub id
 Writes   model/   tokenizer and weights, for `from_pretrained`
 """
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Self
 
-from stages.config import KeysOf, Reads, StageConfig, UserError
+from pydantic import model_validator
+
+from stages.config import KeysOf, Model, Reads, StageConfig, UserError
 from stages.run import Run
 
 VERSION = 1
@@ -33,6 +35,7 @@ END_OF_TEXT = "<|endoftext|>"
 class Config(StageConfig):
     corpus: Annotated[str, Reads("corpus.txt")]
     texts: list[Annotated[str, Reads("")]] = []
+    model: Model | None = None
     seed: int = 0
     """Fixed, so that all seeds of an experiment share one base model."""
     vocabulary: int = 2048
@@ -43,24 +46,35 @@ class Config(StageConfig):
     """Longest sequence the model takes, in tokens; longer documents are cut into pieces."""
     trainer: Annotated[dict[str, Any], KeysOf("transformers.TrainingArguments")] = {}
 
+    @model_validator(mode="after")
+    def _one_shape(self) -> Self:
+        own = sorted(self.model_fields_set & {"vocabulary", "hidden", "layers", "heads"})
+        if self.model and own:
+            raise ValueError(f"{', '.join(own)}: the given model has its own; leave out one or the other")
+        return self
+
 
 def main(config: Config, run: Run) -> None:
     from reward.batch import Example
-    from reward.model import save
+    from reward.model import load_policy, save
     from stages.engine import Engine, Epochs, Reporting, arguments, train
     from stages.objectives import NLL
 
     documents = read_documents([config.corpus, *config.texts])
-    tokenizer = train_tokenizer(documents, config.vocabulary)
-    model = new_model(config, tokenizer)
+    if config.model:
+        model, tokenizer = load_policy(config.model)
+    else:
+        tokenizer = train_tokenizer(documents, config.vocabulary)
+        model = new_model(config, tokenizer)
+    size = min(config.positions, getattr(model.config, "max_position_embeddings", config.positions)) - 1
     pieces = [
-        ids[start : start + config.positions - 1]
-        for ids in tokenizer(documents)["input_ids"]
-        for start in range(0, len(ids), config.positions - 1)
+        ids[start : start + size]
+        for ids in tokenizer(documents, add_special_tokens=False)["input_ids"]
+        for start in range(0, len(ids), size)
     ]
     end = tokenizer.eos_token_id
-    examples = [Example([end], ([*piece, end],)) for piece in pieces if len(piece) < config.positions - 1]
-    examples += [Example([end], (piece,)) for piece in pieces if len(piece) == config.positions - 1]
+    examples = [Example([end], ([*piece, end],)) for piece in pieces if len(piece) < size]
+    examples += [Example([end], (piece,)) for piece in pieces if len(piece) == size]
 
     args = arguments(run, config.trainer, learning_rate=2e-3, warmup_steps=20, lr_scheduler_type="cosine")
     train(Engine(model, args, NLL(), Epochs(examples, args), [Reporting(run, "base model")]), run)

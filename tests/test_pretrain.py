@@ -57,6 +57,27 @@ def test_it_learns(done):
     assert done.manifest.metrics["documents"] == 32
 
 
+def test_a_given_model_is_trained_on(tmp_path, done):
+    """From where the first training ended, with its tokenizer and a loss that goes on from there."""
+    shape = {"model": str(done.path / "model"), "positions": 512}
+    path = tmp_path / "corpus.txt"
+    path.write_text(CORPUS)
+    run = tiny.run_in(tmp_path / "run", "pretrain")
+    pretrain.main(pretrain.Config(corpus=str(path), trainer=TRAINER, **shape), run)
+    first, second = (
+        [json.loads(line)["loss"] for line in (where / "metrics.jsonl").read_text().splitlines()]
+        for where in (done.path, run.path)
+    )
+    assert second[0] < first[0] - 1 and second[-1] < first[-1]
+    tokenizers = [AutoTokenizer.from_pretrained(where / "model") for where in (done.path, run.path)]
+    assert tokenizers[0].get_vocab() == tokenizers[1].get_vocab()
+
+
+def test_a_given_model_has_its_own_shape():
+    with pytest.raises(ValueError, match="hidden, layers: the given model has its own"):
+        pretrain.Config(corpus="x", model="y", hidden=8, layers=1)
+
+
 def test_the_same_seed_twice_gives_the_same_bytes(tmp_path, done):
     again = stage(tmp_path, CORPUS)
     for name in ("model.safetensors", "tokenizer.json", "tokenizer_config.json", "config.json"):
