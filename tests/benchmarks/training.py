@@ -157,7 +157,7 @@ def measure(side: str, case: Case, rows: Sequence[Row]) -> dict[str, Any]:
         "cpu": cpu,
         "wall": wall,
         "losses": losses,
-        "memory": (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024,
+        "memory": max(1, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024,
         "tokens": sum(len(p) + len(c) + (0 if case.task == "sft" else len(p) + len(r)) for p, c, r in rows),
     }
 
