@@ -3,7 +3,6 @@
 import math
 import tempfile
 import time
-from dataclasses import asdict
 from functools import cache
 from pathlib import Path
 from typing import Any

@@ -33,7 +33,7 @@ class Watched(PPOTrainer):
 
 
 def trainer_of(size: Size, mode: str, updates: int, folder: str, turns: Turns | None = None) -> Watched:
-    """`same`: a value model of its own, the score where TRL puts it; `default`; that with `lora` or `frozen`."""
+    """`same`: with a value model of its own, the score where TRL puts it; `default`; `lora`; `frozen`."""
     own = {
         "same": {"score_slot": "post_eos"},
         "default": {},

@@ -3,8 +3,8 @@
     python -m tests.goldens.make_ppo
 
 Runs in the environment of its own that tests/benchmarks/ppo.py makes. One update of TRL's own `train` on a
-tiny model is looked at from inside: what it knows of the rollout, every minibatch, and how the weights change.
-The same update is run with SGD, whose steps are large enough to clip, with AdamW, and for other gamma, lambda.
+tiny model is looked at from inside: what it knows of the rollout, every minibatch, and how weights change. It
+is run with SGD, whose steps are large enough to clip, with AdamW, and for other gamma and lambda.
 """
 
 import os
