@@ -29,9 +29,9 @@ SIZE = {
     "eos": 0.1,
     "heads": 2,
     "intermediate": 16,
-    "spread": 0.4,
+    "spread": 0.1,
 }
-TEMPERATURE, KL_COEF, SGD_RATE, ADAM_RATE = 0.7, 0.05, 0.1, 3e-6
+TEMPERATURE, KL_COEF, SGD_RATE, ADAM_RATE = 0.7, 0.05, 0.5, 3e-6
 OTHERS = ((0.9, 0.9), (0.95, 1.0))
 """(gamma, lambda) besides TRL's defaults, 1 and 0.95."""
 
@@ -45,6 +45,7 @@ MINIBATCH = ("mini_batch_inds", "new_logprobs", "vpred", "pg_loss", "vf_loss", "
 
 def update(gamma: float, lam: float, optimiser: str) -> dict[str, Any]:
     """What one update of TRL did: tensors of the rollout, of its minibatches, weights before and after."""
+    import numpy
     import torch
     import trl.experimental.ppo.ppo_trainer as ppo_trainer
     from datasets import Dataset
@@ -86,6 +87,7 @@ def update(gamma: float, lam: float, optimiser: str) -> dict[str, Any]:
         models = {"model": parts["policy"], "value_model": parts["value"], "ref_model": reference_of(size)}
         trainer = trainer_of(size, args, rows, optimizers=optimizers, **models)
         before = {name: tensors(part) for name, part in parts.items()}
+        numpy.random.seed(0)  # TRL's order of the minibatches
         with Seen(ppo_trainer) as seen:
             trainer.train()
     after = {name: tensors(part) for name, part in parts.items()}
@@ -101,7 +103,7 @@ def reference_of(size: Any) -> Any:
     model = policy_of(size).requires_grad_(False)
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter.mul_(0.9)
+            parameter.mul_(0.5)
     return model
 
 
@@ -170,6 +172,8 @@ def make() -> None:
     by_optimiser = {name: update(1.0, 0.95, name) for name in ("sgd", "adamw")}
     sgd, adamw = by_optimiser["sgd"], by_optimiser["adamw"]
     assert all(torch.equal(sgd["rollout"][name], adamw["rollout"][name]) for name in sgd["rollout"])
+    orders = [[of["mini_batch_inds"].tolist() for of in run["minibatches"]] for run in (sgd, adamw)]
+    assert orders[0] == orders[1]
     found |= {f"rollout/{name}": value for name, value in sgd["rollout"].items()}
     for name in sgd["minibatches"][0]:
         found[f"minibatches/{name}"] = torch.stack([of[name] for of in sgd["minibatches"]])
