@@ -6,15 +6,16 @@ cumulative distribution at one uniform number: which rows share a batch never ch
 
 import hashlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from annotate.records import DataError
-from reward.tokens import device_of, pad_id
+from reward.tokens import HeadInput, device_of, pad_id
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,8 @@ class Sample:
     """Natural log-probability of each token in the distribution it was drawn from."""
     stopped: bool
     """Ended by its own stop token, not by the limit."""
+    values: list[float]
+    """Value of the state before each token; empty for a model without value head."""
 
 
 class Bar(Protocol):
@@ -80,27 +83,32 @@ class Sampler:
     @torch.inference_mode()
     def _batch(self, prompts: list[list[int]], keys: list[str]) -> list[Sample]:
         uniforms = torch.stack([_uniforms(key, self.max_new_tokens) for key in keys])
-        tokens: list[list[int]] = [[] for _ in prompts]
-        logprobs: list[list[float]] = [[] for _ in prompts]
+        samples = [Sample([], [], False, []) for _ in prompts]
         stopped = [False] * len(prompts)
         alive = list(range(len(prompts)))  # which prompt each row of the cache belongs to
-        for step, logits in enumerate(self._decode(prompts, tokens, stopped, alive)):
-            logp = torch.log_softmax(logits.float() / self.temperature, dim=-1)
-            chosen = _invert(logp, uniforms[alive, step].to(logp.device))
-            picked = logp.gather(1, chosen[:, None]).squeeze(1)
-            for row, token, value in zip(alive, chosen.tolist(), picked.tolist(), strict=True):
-                if not stopped[row]:
-                    tokens[row].append(token)
-                    logprobs[row].append(value)
-                    stopped[row] = token == self.stop
-        return [Sample(*row) for row in zip(tokens, logprobs, stopped, strict=True)]
+        value_head = getattr(self.model, "value_head", None)
+        with HeadInput(self.model, wanted=value_head is not None) as hidden:
+            for step, logits in enumerate(self._decode(prompts, samples, stopped, alive)):
+                chosen, logps = draw(
+                    logits.float() / self.temperature, uniforms[alive, step].to(logits.device)
+                )
+                values = value_head(hidden.states[:, -1].float()).squeeze(-1).tolist() if value_head else None
+                for i, (token, logp) in enumerate(zip(chosen.tolist(), logps.tolist(), strict=True)):
+                    row = alive[i]
+                    if not stopped[row]:
+                        samples[row].tokens.append(token)
+                        samples[row].logprobs.append(logp)
+                        if values:
+                            samples[row].values.append(values[i])
+                        stopped[row] = token == self.stop
+        return [replace(sample, stopped=ended) for sample, ended in zip(samples, stopped, strict=True)]
 
     def _decode(
-        self, prompts: list[list[int]], tokens: list[list[int]], stopped: list[bool], alive: list[int]
+        self, prompts: list[list[int]], samples: list[Sample], stopped: list[bool], alive: list[int]
     ) -> Iterator[Tensor]:
         """Logits of the next token, (rows alive, V), step after step; finished rows leave the cache.
 
-        The caller appends to `tokens` and sets `stopped` between steps; `alive` is kept up to date here.
+        The caller appends to the samples and sets `stopped` between steps; `alive` is kept up to date here.
         """
         ids, mask = _left_pad(prompts, pad_id(self.model), device_of(self.model))
         cache: Any = None
@@ -123,7 +131,7 @@ class Sampler:
                 alive[:] = [row for row in alive if not stopped[row]]
                 cache.batch_select_indices(keep)
                 mask = mask[keep]
-            ids = torch.tensor([[tokens[row][-1]] for row in alive], device=mask.device)
+            ids = torch.tensor([[samples[row].tokens[-1]] for row in alive], device=mask.device)
             mask = torch.cat([mask, mask.new_ones(len(alive), 1)], dim=1)
 
     def _check(self, prompts: Sequence[list[int]], keys: Sequence[str]) -> None:
@@ -140,14 +148,37 @@ def _uniforms(key: str, count: int) -> Tensor:
     return torch.rand(count, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-def _invert(logp: Tensor, uniform: Tensor) -> Tensor:
-    """Inverse-CDF sampling: (B, V) log-probabilities and (B,) uniforms -> (B,) token ids.
+def draw(logits: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
+    """Inverse-CDF sampling: (B, V) fp32 logits and (B,) uniforms -> (B,) token ids, (B,) log-probabilities.
 
-    float64, since a float32 sum over a large vocabulary misses 1 by more than a rare token weighs.
+    In two steps, first a block of the vocabulary, then a token in it: the running sum over a whole row, in
+    float64 since a float32 sum misses 1 by more than a rare token weighs, would cost more than the model.
     """
-    cdf = logp.double().exp().cumsum(dim=-1)
-    found = torch.searchsorted(cdf, (uniform * cdf[:, -1])[:, None], right=True).squeeze(1)
-    return found.clamp(max=logp.shape[-1] - 1)
+    top = logits.amax(1, keepdim=True)
+    weights = (logits - top).exp_()
+    blocks = F.pad(weights, (0, -weights.shape[1] % BLOCK)).reshape(len(weights), -1, BLOCK)
+    of_blocks = blocks.sum(2).double().cumsum(1)
+    total = of_blocks[:, -1]
+    block, left = _find(of_blocks, uniform * total)
+    inside = blocks[torch.arange(len(blocks), device=block.device), block].double().cumsum(1)
+    chosen = block * BLOCK + _find(inside, left)[0]
+    logps = logits.gather(1, chosen[:, None]).squeeze(1) - top.squeeze(1) - total.log().float()
+    return chosen, logps
+
+
+BLOCK = 128
+"""Tokens of a block, near the square root of a large vocabulary."""
+
+
+def _find(cdf: Tensor, at: Tensor) -> tuple[Tensor, Tensor]:
+    """(B,) first entry of each row (B, n) of running sums above `at`, and what `at` leaves within it.
+
+    Rounding may put `at` on the end of its row: it is moved just inside, to the last entry with any weight.
+    """
+    at = torch.minimum(at, cdf[:, -1] * (1 - 1e-12))
+    found = torch.searchsorted(cdf, at[:, None], right=True)
+    before = F.pad(cdf, (1, 0)).gather(1, found)
+    return found.squeeze(1), at - before.squeeze(1)
 
 
 def _left_pad(prompts: list[list[int]], pad: int, device: torch.device) -> tuple[Tensor, Tensor]:

@@ -45,9 +45,10 @@ def completion_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
 
 
 def forward(model: nn.Module, batch: Batch, temperature: float = 1.0) -> tuple[Tensor, Tensor | None]:
-    """Log-probabilities of the completion tokens and, where the model carries a `value_head`, state values.
+    """Log-probabilities of the completion tokens, and state values where the model carries what gives them.
 
-    Returns two (K, C) fp32 tensors, zero outside `batch.mask`; the second is None without a value head.
+    Returns two (K, C) fp32 tensors, zero outside `batch.mask`; the second by the model's `value_head`, which
+    reads the same states as its language-model head, or by a `value_model` of its own, and else None.
     Logits are made at the predicting positions only and divided by the temperature before the log-softmax,
     as in the distribution that was sampled from. Where all of them together would be large, and the model's
     head is known to be a plain product (`reward.paths`), they are made in chunks and never kept.
@@ -60,14 +61,22 @@ def forward(model: nn.Module, batch: Batch, temperature: float = 1.0) -> tuple[T
         weight = model.get_output_embeddings().weight  # type: ignore[operator]
         logps = head_logprobs(states, weight, batch.targets, temperature)
     else:
-        with _HeadInput(model, wanted=value_head is not None) as hidden:
+        with HeadInput(model, wanted=value_head is not None) as hidden:
             logits = model(**inputs(model, batch), logits_to_keep=batch.predicts).logits
         logits, states = logits.float(), hidden.states
         if temperature != 1.0:  # a division by 1 would still be a pass over the largest tensor there is
             logits = logits / temperature
         logps = -F.cross_entropy(logits, batch.targets, reduction="none")
+    if (value_model := getattr(model, "value_model", None)) is not None:
+        return batch.pad(logps), state_values(value_model, batch)
     values = None if value_head is None else batch.pad(value_head(states.float()).squeeze(-1))
     return batch.pad(logps), values
+
+
+def state_values(model: Any, batch: Batch) -> Tensor:
+    """(K, C) fp32 values of the states before each completion token, by a sequence-classification model."""
+    states = trunk(model)(**inputs(model, batch)).last_hidden_state[batch.predicts]
+    return batch.pad(model.score(states).float().squeeze(-1))
 
 
 def scores(model: Any, batch: Batch) -> Tensor:
@@ -125,6 +134,11 @@ def logprobs_and_values(
     return _without_grad(model, examples, rows)
 
 
+def values(model: nn.Module, examples: Sequence[Example]) -> list[list[list[float]]]:
+    """Per example and completion, the value of the state before each token, by a model of its own."""
+    return _without_grad(model, examples, lambda batch: _rows(state_values(model, batch), batch.mask))
+
+
 def rewards(model: nn.Module, examples: Sequence[Example]) -> list[list[float]]:
     """Per example and completion, the reward model's score; no gradient."""
     return _without_grad(model, examples, lambda batch: scores(model, batch).tolist())
@@ -174,14 +188,14 @@ def _rows(values: Tensor, mask: Tensor) -> list[list[float]]:
     return [row[keep].tolist() for row, keep in zip(values, mask, strict=True)]
 
 
-class _HeadInput:
+class HeadInput:
     """Catches what the language-model head is given, which is what a value head on the same trunk reads."""
 
     def __init__(self, model: nn.Module, wanted: bool):
         self.wanted, self.model = wanted, model
         self.states = torch.empty(0)
 
-    def __enter__(self) -> "_HeadInput":
+    def __enter__(self) -> "HeadInput":
         if self.wanted:
             head: nn.Module = self.model.get_output_embeddings()  # type: ignore[operator]
             self.hook = head.register_forward_pre_hook(lambda _, inputs: self._keep(inputs[0]))

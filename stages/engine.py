@@ -88,13 +88,14 @@ class Engine(Trainer):
         steps: Steps,
         callbacks: list[TrainerCallback] | None = None,
         max_tokens: int | None = None,
+        **trainer: Any,
     ):
         args.max_steps, args.gradient_accumulation_steps = len(steps), 1  # a batch is the whole step already
         args.ignore_data_skip = True  # the loader below starts where training stopped
         args.remove_unused_columns = False
         args.logging_nan_inf_filter = False  # a loss that is not finite has to be seen
         args.max_grad_norm = args.max_grad_norm or math.inf  # without clipping the norm is still looked at
-        super().__init__(model=model, args=args, callbacks=callbacks)
+        super().__init__(model=model, args=args, callbacks=callbacks, **trainer)
         if isinstance(steps, Epochs):
             choose(model, steps.examples)
         self.objective, self.steps = objective, steps
@@ -139,13 +140,17 @@ class Engine(Trainer):
         return norm
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" in logs:
+            logs |= self.collected()
+        super().log(logs, start_time)
+
+    def collected(self) -> dict[str, float]:
+        """Means of the metrics over the optimiser steps since they were last collected."""
         steps = max(1.0, self.sums.pop("steps", 0.0))
         skipped = self.sums.pop("skipped_steps", 0.0)
-        logs |= {name: value / steps for name, value in self.sums.items()} | self.steps.metrics
-        if skipped:
-            logs["skipped_steps"] = skipped
+        found = {name: value / steps for name, value in self.sums.items()} | self.steps.metrics
         self.sums.clear()
-        super().log(logs, start_time)
+        return found | ({"skipped_steps": skipped} if skipped else {})
 
     def floating_point_ops(self, inputs: Any) -> int:
         return 0
@@ -184,7 +189,7 @@ class Reporting(TrainerCallback):
         self.bar.advance(1)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **kwargs: Any) -> None:
-        numbers = {k: v for k, v in logs.items() if isinstance(v, int | float) and k not in _CLOCK}
+        numbers = {k: v for k, v in logs.items() if isinstance(v, int | float) and not _of_machine(k)}
         if "train_loss" not in numbers:
             self.run.log(step=state.global_step, **numbers)
             self.bar.advance(0, **{name: numbers[name] for name in self.shown if name in numbers})
@@ -194,6 +199,11 @@ class Reporting(TrainerCallback):
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.bar.__exit__(None, None, None)
+
+
+def _of_machine(name: str) -> bool:
+    """Does the metric differ from run to run, where metrics.jsonl does not?"""
+    return name in _CLOCK or name.startswith(("seconds/", "memory/"))
 
 
 _CLOCK = {"train_runtime", "train_samples_per_second", "train_steps_per_second", "total_flos", "epoch"}

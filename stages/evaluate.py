@@ -205,7 +205,7 @@ def evaluations(policy: str, table: dict[str, list[measures.Reply]], world: Worl
 
 
 def write_training(config: Config, run: Run, world: World | None) -> None:
-    from stages.ppo_trainer import Rollout
+    from stages.ppo_rollout import Rollout
 
     rollouts = read(config.rollouts, Rollout) if config.rollouts else []
     if world:

@@ -23,43 +23,46 @@ from stages.online import load
 from stages.run import Run
 
 if TYPE_CHECKING:
-    from stages.ppo_trainer import Rollout
+    from collections.abc import Sequence
 
-VERSION = 1
+    from stages.ppo_rollout import Rollout
+
+VERSION = 2
 
 
 class Config(StageConfig):
     policy: Model
     reward: Model
     prompts: Records
+    peft: dict[str, Any] | None = None
+    """A configuration of the library peft, whose adapters are trained instead of all weights."""
     trainer: Annotated[dict[str, Any], KeysOf("stages.ppo_trainer.PPOConfig")] = {}
 
 
 def main(config: Config, run: Run) -> None:
-    from torch import nn
-
-    from reward.model import load_policy, save
-    from stages.engine import Engine, Reporting, train
-    from stages.ppo_trainer import PPO, RatioGuard, Rollouts, summary
+    from reward.model import save
+    from stages.adapters import configuration, merged
+    from stages.engine import Reporting, train
+    from stages.ppo_models import without_value
+    from stages.ppo_rollout import summary
 
     records, policy, tokenizer, reward = load(config.policy, config.reward, config.prompts)
-    reference = load_policy(config.policy)[0].requires_grad_(False)
+    trainer = recorded(run)(
+        policy,
+        reward,
+        ppo_arguments(config.trainer, run),
+        [{"prompt": [m.model_dump() for m in r.prompt], "id": r.id} for r in records],
+        processing_class=tokenizer,
+        reward_processing_classes=tokenizer,
+        peft_config=configuration(config.peft),
+        callbacks=[Reporting(run, "PPO", ("reward", "kl", "length"))],
+    )
+    train(trainer, run)
 
-    policy.value_head = nn.Linear(policy.config.hidden_size, 1).to(policy.device)
-    nn.init.zeros_(policy.value_head.weight)  # values start at 0 and leave the trunk alone at first
-    nn.init.zeros_(policy.value_head.bias)
-    args = ppo_arguments(config.trainer, run)
-    objective = PPO(args)
-    rollouts = Rollouts(policy, reference, reward, tokenizer, records, objective, run)
-    callbacks = [Reporting(run, "PPO", ("reward", "kl", "length"))]
-    if args.ratio_threshold is not None:
-        callbacks.append(RatioGuard(objective, args.ratio_threshold))
-    train(Engine(policy, args, objective, rollouts, callbacks), run)
-
-    del policy.value_head
-    save(policy, tokenizer, run.output("model"))
-    last = summary([row for row in collect_rollouts(run) if row.step == args.updates])
-    run.record(**last, updates=args.updates, optimiser_steps=len(rollouts))
+    with without_value(trainer.model):
+        save(merged(trainer.model), tokenizer, run.output("model"))
+    last = summary([row for row in collect_rollouts(run) if row.step == trainer.args.updates])
+    run.record(**last, updates=trainer.args.updates, optimiser_steps=len(trainer.steps))
     stopping = last["self_stopping"]
     run.gate("stops by itself", stopping >= 0.9, f"{stopping:.0%} of the last rollout end by themselves")
 
@@ -79,9 +82,22 @@ def ppo_arguments(trainer: dict[str, Any], run: Run) -> Any:
     return args
 
 
+def recorded(run: Run) -> Any:
+    """The trainer, every reply of its rollouts written down."""
+    from stages.ppo_trainer import PPOTrainer
+
+    class Recorded(PPOTrainer):
+        def keep(self, rows: "Sequence[Rollout]") -> None:
+            folder = run.path / "rollouts"
+            folder.mkdir(exist_ok=True)
+            write(folder / f"{rows[0].step - 1:06d}.jsonl", rows)
+
+    return Recorded
+
+
 def collect_rollouts(run: Run) -> "list[Rollout]":
     """Every reply of the training, those of earlier attempts included."""
-    from stages.ppo_trainer import Rollout
+    from stages.ppo_rollout import Rollout
 
     folder = run.path / "rollouts"
     rows = [row for part in sorted(folder.glob("*.jsonl")) for row in read(part, Rollout)]

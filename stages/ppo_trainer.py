@@ -1,276 +1,283 @@
-"""PPO for language models: rollouts, advantages and the clipped objective, on the engine.
+"""PPO for language models, usable alone, in the conventions of TRL's trainers:
+
+    trainer = PPOTrainer("path/or/hub-id", reward_funcs=score, args=PPOConfig("out"), train_dataset=prompts)
+    trainer.train()
 
 Follows Schulman et al. 2017 (PPO), Ziegler et al. 2019 and Stiennon et al. 2020 (language models), with the
 details collected by Huang et al. 2024 ("The N+ Implementation Details of RLHF with PPO").
 
-One update = one rollout of `rollout_size` replies, then `num_ppo_epochs` passes over it in `num_mini_batches`
-optimiser steps each. The policy and the value head share one trunk; the reference is a frozen copy.
+One update = `rollout` of `rollout_size` replies, their `score`, then an `update` of `num_ppo_epochs` passes
+in `num_mini_batches` optimiser steps each. `train` does nothing else; a loop of one's own may call the three.
 """
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Literal
+import resource
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
 
 import torch
-from pydantic import BaseModel
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainingArguments
 
-from annotate.records import Record, write
-from reward.batch import Example
-from reward.sampler import Sample, Sampler
-from reward.tokens import batch_of, forward, logprobs, logprobs_and_values, prompt_ids, rewards
-from stages.ppo_math import gae, missing_eos, policy_loss, token_rewards, value_loss, whiten
-from stages.run import Run
+from reward.functions import RewardError, Rewards, RunningScale, Scores
+from reward.model import disable_dropout
+from reward.paths import choose
+from stages.adapters import with_adapters
+from stages.engine import Engine
+from stages.ppo_config import PPOConfig as PPOConfig
+from stages.ppo_math import adapted_kl_coef
+from stages.ppo_models import Prompts, Reference, add_value, policy, value_parameters, without_value
+from stages.ppo_objective import PPO, Experience
+from stages.ppo_rollout import Actor, Clock, Replies, Rollout, experience, final_scores, rollout_rows, summary
+
+STATE = "ppo.pt"
+"""In a checkpoint: what the files of the Trainer do not hold."""
 
 
-@dataclass
-class PPOConfig(TrainingArguments):
-    """TrainingArguments and the settings of PPO, under TRL's names where it had them.
+class PPOTrainer(Engine):
+    """PPO on any causal language model of transformers, with any reward.
 
-    `per_device_train_batch_size * gradient_accumulation_steps` replies make one optimiser step.
+    model, processing_class    a model, or the path or hub id of one; its tokenizer, or None to load it
+    reward_funcs               function, sequence-classification model or path; or a list (`reward.functions`)
+    train_dataset              rows with `prompt`, text or messages; other columns go to the reward functions
+    eval_dataset               answered and scored every `eval_steps`
+    ref_model                  None: adapters switched off, the layers as they were, or a frozen copy
+    value_model                None: a value head on the policy's trunk. Else a sequence-classification model
+    peft_config                trains adapters of peft in the place of all weights
+
+    UserError for what the caller can mend, one line.
     """
 
-    total_episodes: int = field(default=6000, metadata={"help": "Replies sampled over the whole training."})
-    num_ppo_epochs: int = field(default=4, metadata={"help": "Passes over each rollout."})
-    num_mini_batches: int = field(default=1, metadata={"help": "Optimiser steps in each pass."})
-    kl_coef: float = field(default=0.05, metadata={"help": "Price of one nat of KL to the reference."})
-    cliprange: float = field(default=0.2, metadata={"help": "Clip of the probability ratio."})
-    cliprange_value: float | None = field(
-        default=0.2, metadata={"help": "Clip of the value change, or none."}
-    )
-    vf_coef: float = field(default=0.1, metadata={"help": "Weight of the value loss."})
-    gamma: float = field(default=1.0, metadata={"help": "Discount."})
-    lam: float = field(default=0.95, metadata={"help": "Lambda of GAE."})
-    temperature: float = field(
-        default=1.0, metadata={"help": "Divides the logits, in sampling and in training."}
-    )
-    response_length: int = field(default=96, metadata={"help": "Most tokens of a reply."})
-    missing_eos_penalty: float | None = field(
-        default=1.0, metadata={"help": "For a reply without stop token."}
-    )
-    missing_eos_mode: Literal["subtract", "replace"] = field(
-        default="subtract",
-        metadata={"help": "Subtract the penalty from the score, or use its negative instead."},
-    )
-    target_kl: float | None = field(default=None, metadata={"help": "Approx. KL that ends an update early."})
-    ratio_threshold: float | None = field(default=None, metadata={"help": "Mean ratio that skips a step."})
-    adam_epsilon: float = 1e-5
-    learning_rate: float = 3e-6
-    max_grad_norm: float = 1.0
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.missing_eos_mode not in ("subtract", "replace"):
-            raise ValueError(f"missing_eos_mode is subtract or replace, not {self.missing_eos_mode!r}")
-        self.steps_per_update = self.num_ppo_epochs * self.num_mini_batches
-        self.mini_batch_size = self.per_device_train_batch_size * self.gradient_accumulation_steps
-        self.rollout_size = self.mini_batch_size * self.num_mini_batches
-        self.updates = self.total_episodes // self.rollout_size
-        if self.updates == 0:
-            raise ValueError(
-                f"total_episodes={self.total_episodes} is less than one rollout ({self.rollout_size})"
-            )
-
-
-class Rollout(BaseModel):
-    """One sampled reply, for the record and the plots."""
-
-    step: int
-    """Update, from 1."""
-    id: str
-    completion: str
-    reward: float
-    """Reward-model score, before penalty and KL."""
-    kl: float
-    """log pi - log pi_ref summed over the reply, nats."""
-    length: int
-    stopped: bool
-    gold: float | None = None
-
-
-@dataclass(frozen=True)
-class Experience(Example):
-    """A prompt with its sampled reply and, for each token of it, what the update needs."""
-
-    old_logps: list[float]
-    old_values: list[float]
-    advantages: list[float]
-    returns: list[float]
-
-
-class PPO:
-    """The objective: clipped policy loss and value loss, averaged over all tokens of the optimiser step."""
-
-    def __init__(self, config: PPOConfig):
-        self.config = config
-        self.tokens = self.ratio = self.kl = 0.0  # of the present step
-
-    def weight(self, examples: Sequence[Experience]) -> float:
-        self.tokens = float(sum(len(example.completions[0]) for example in examples))
-        self.ratio = self.kl = 0.0
-        return max(1.0, self.tokens)
-
-    def loss(self, model: nn.Module, examples: Sequence[Experience]) -> tuple[Tensor, dict[str, Tensor]]:
-        batch = batch_of(model, examples)
-        logps, values = forward(model, batch, self.config.temperature)
-        assert values is not None
-        columns = ("old_logps", "old_values", "advantages", "returns")
-        old_logps, old_values, advantages, returns = (
-            batch.pad(torch.tensor([x for e in examples for x in getattr(e, name)], device=logps.device))
-            for name in columns
-        )
-        of_policy, ratio = policy_loss(logps, old_logps, advantages, self.config.cliprange)
-        of_value = value_loss(values, old_values, returns, self.config.cliprange_value)
-        of_policy, of_value = (of_policy * batch.mask).sum(), (of_value * batch.mask).sum()
-        with torch.no_grad():
-            ratio = ratio[batch.mask]
-            log_ratio = (logps - old_logps)[batch.mask]
-            metrics = {
-                "policy_loss": of_policy.detach(),
-                "value_loss": of_value.detach(),
-                "clip_fraction": ((ratio - 1).abs() > self.config.cliprange).float().sum(),
-                "approx_kl": 0.5 * (log_ratio**2).sum(),
-                "ratio": ratio.sum(),
-            }
-        self.ratio += float(metrics["ratio"]) / max(1.0, self.tokens)
-        self.kl += float(metrics["approx_kl"]) / max(1.0, self.tokens)
-        return of_policy + self.config.vf_coef * of_value, metrics
-
-
-class RatioGuard(TrainerCallback):
-    """Drops the gradients of a step whose mean ratio has run away, so that the optimiser skips it."""
-
-    def __init__(self, objective: PPO, threshold: float):
-        self.objective, self.threshold = objective, threshold
-
-    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self.objective.ratio > self.threshold:
-            kwargs["model"].zero_grad(set_to_none=True)
-
-
-class Rollouts:
-    """The batches of PPO: samples from the present policy, scored, turned into experience, then shuffled.
-
-    A rollout is a function of (policy, seed, update), so training continues exactly from any update's end.
-    """
+    args: PPOConfig
+    control: Any
 
     def __init__(
         self,
-        policy: Any,
-        reference: Any,
-        reward: Any,
-        tokenizer: PreTrainedTokenizerBase,
-        records: Sequence[Record],
-        objective: PPO,
-        run: Run,
+        model: Any,
+        reward_funcs: Any,
+        args: PPOConfig | None = None,
+        train_dataset: Sequence[Mapping[str, Any]] | None = None,
+        eval_dataset: Sequence[Mapping[str, Any]] | None = None,
+        processing_class: Any = None,
+        reward_processing_classes: Any = None,
+        ref_model: Any = None,
+        value_model: Any = None,
+        peft_config: Any = None,
+        callbacks: list[Any] | None = None,
+        optimizers: tuple[Any, Any] = (None, None),
     ):
-        self.policy, self.reference, self.reward = policy, reference, reward
-        self.records, self.objective, self.config, self.run = records, objective, objective.config, run
-        self.prompts = [prompt_ids(tokenizer, record.prompt) for record in records]
-        self.sampler = Sampler(policy, tokenizer, self.config.response_length, self.config.temperature)
-        self.metrics: dict[str, float] = {}
+        model, tokenizer = policy(model, processing_class)
+        args = args or PPOConfig(f"{Path(model.name_or_path).name or 'model'}-PPO")
+        self.prompts = Prompts(train_dataset or [], tokenizer, model, args.response_length)
+        self.held_out = Prompts(eval_dataset or [], tokenizer, model, args.response_length)
+        self.rewards = Rewards(reward_funcs, tokenizer, args.reward_weights, reward_processing_classes)
+        model = disable_dropout(with_adapters(model, peft_config))
+        reference = Reference(model, ref_model, args)
+        add_value(model, value_model, self.rewards, args)
+        self.clock = Clock()
+        super().__init__(
+            model,
+            args,
+            PPO(args, reference.prefix),
+            _Updates(self, args),
+            callbacks,
+            eval_dataset=eval_dataset,
+            processing_class=tokenizer,
+            optimizers=optimizers,
+        )
+        self.actor = Actor(model, tokenizer, reference, args, self.clock)
+        self.kl_coef, self.scale, self.done = args.kl_coef, RunningScale(), 0
 
-    def __len__(self) -> int:
-        return int(self.config.updates * self.config.steps_per_update)
+    # --- the three parts of an update
 
-    def start(self, step: int) -> Iterator[Sequence[Experience]]:
-        first, within = divmod(step, self.config.steps_per_update)
-        assert within == 0, "PPO continues from the end of an update"
-        for update in range(first, self.config.updates):
-            experience = self.rollout(update)
-            stop = False
-            for epoch in range(self.config.num_ppo_epochs):
-                order = self._permutation(len(experience), update, epoch)
-                for start in range(0, len(order), self.config.mini_batch_size):
-                    yield [experience[i] for i in order[start : start + self.config.mini_batch_size]] * (
-                        not stop
-                    )
-                    limit = self.config.target_kl
-                    stop = stop or (limit is not None and self.objective.kl > limit)
+    def rollout(self, rows: Sequence[int] | None = None) -> Replies:
+        """Replies of the present policy to rows of the training set, by default those whose turn it is.
 
-    def rollout(self, update: int) -> list[Experience]:
-        """Sample, score, and estimate advantages; keeps the rollout's metrics and writes its rows."""
-        rows = self._draw_prompts(update)
-        keys = [f"{self.config.seed}/ppo/{update}/{i}/{self.records[row].id}" for i, row in enumerate(rows)]
-        samples = self.sampler.sample([self.prompts[row] for row in rows], keys)
-        examples = [Example(self.prompts[row], (s.tokens,)) for row, s in zip(rows, samples, strict=True)]
-        scores = [score for (score,) in rewards(self.reward, examples)]
-        experience, kl = self._experience(examples, scores, samples)
-        self._keep(update, rows, samples, scores, kl)
-        return experience
+        A function of policy, seed and number of updates done, so training continues exactly from their end.
+        """
+        rows = list(self._next_rows() if rows is None else rows)
+        keys = [f"{self.args.seed}/ppo/{self.done}/{i}/{self.prompts.ids[row]}" for i, row in enumerate(rows)]
+        return self.actor.answer(self.prompts, rows, keys)
 
-    def _experience(
-        self, examples: list[Example], scores: list[float], samples: list[Sample]
-    ) -> tuple[list[Experience], list[float]]:
-        """Experience of each reply, and its KL to the reference in nats."""
-        config = self.config
-        of_policy = [row for (row,) in logprobs_and_values(self.policy, examples, config.temperature)]
-        of_reference = [row for (row,) in logprobs(self.reference, examples, config.temperature)]
-        logps, mask = _padded([logps for logps, _ in of_policy])
-        values, reference = _padded([v for _, v in of_policy])[0], _padded(of_reference)[0]
-        kl = logps - reference
-        stopped = [sample.stopped for sample in samples]
-        final = missing_eos(scores, stopped, config.missing_eos_penalty, config.missing_eos_mode)
-        reward = token_rewards(torch.tensor(final), kl, mask, config.kl_coef)
-        advantages = gae(reward, values, mask, config.gamma, config.lam)
-        returns = advantages + values
-        advantages = whiten(advantages, mask)  # over the whole rollout; the returns stay as they are
-        experience = [
-            Experience(
-                e.prompt, e.completions, lp, v, advantages[i, mask[i]].tolist(), returns[i, mask[i]].tolist()
+    def score(self, replies: Replies, prompts: Prompts | None = None) -> Scores:
+        """What the reward functions say; RewardError names the function, the prompt and the value."""
+        prompts = prompts or self.prompts
+        with self.clock("scoring"):
+            return self.rewards(
+                [prompts.prompts[row] for row in replies.rows],
+                replies.texts,
+                [prompts.tokens[row] for row in replies.rows],
+                [sample.tokens for sample in replies.samples],
+                {name: [column[row] for row in replies.rows] for name, column in prompts.columns.items()},
             )
-            for i, (e, (lp, v)) in enumerate(zip(examples, of_policy, strict=True))
-        ]
-        return experience, kl.sum(1).tolist()
 
-    def _keep(
-        self, update: int, rows: list[int], samples: list[Sample], scores: list[float], kl: list[float]
-    ) -> None:
-        kept = [
-            Rollout(
-                step=update + 1,
-                id=self.records[row].id,
-                completion=self.sampler.text(sample),
-                reward=score,
-                kl=nats,
-                length=len(sample.tokens),
-                stopped=sample.stopped,
-            )
-            for row, sample, score, nats in zip(rows, samples, scores, kl, strict=True)
-        ]
-        folder = self.run.path / "rollouts"
-        folder.mkdir(exist_ok=True)
-        write(folder / f"{update:06d}.jsonl", kept)
-        logps = [x for sample in samples for x in sample.logprobs]
-        self.metrics = summary(kept) | {"entropy": -sum(logps) / max(1, len(logps))}
+    def update(self, replies: Replies, scores: Scores) -> dict[str, float]:
+        """All optimiser steps on scored replies. Returns what `train` would have logged."""
+        if self.optimizer is None:
+            self.create_optimizer_and_scheduler(len(self.steps))
+        for batch in self.minibatches(replies, scores):
+            self.training_step(self.model, batch)
+            if batch:
+                self._clip_grad_norm(self.model)
+                self.optimizer.step()
+            self.lr_scheduler.step()
+            self.model.zero_grad()
+            self.state.global_step += 1
+        return self.collected()
 
-    def _draw_prompts(self, update: int) -> list[int]:
+    def minibatches(self, replies: Replies, scores: Scores) -> Iterator[list[Experience]]:
+        """The optimiser steps of one update; empty ones once `target_kl` is passed."""
+        found = self._experience(replies, scores)
+        if self.done == 0 or not hasattr(self.model, "path"):
+            choose(self.model, found)
+        objective: Any = self.objective
+        objective.trains_policy = self.done >= self.args.critic_warmup
+        stop = False
+        with self.clock("update"):
+            for epoch in range(self.args.num_ppo_epochs):
+                order = self._permutation(len(found), self.done, epoch)
+                for start in range(0, len(order), self.args.mini_batch_size):
+                    chosen = order[start : start + self.args.mini_batch_size]
+                    last = epoch == self.args.num_ppo_epochs - 1 and start + len(chosen) == len(order)
+                    self.done += last  # before the step: a checkpoint is written right after it
+                    yield [] if stop else [found[i] for i in chosen]
+                    limit = self.args.target_kl
+                    stop = stop or (limit is not None and objective.kl > limit)
+
+    def _experience(self, replies: Replies, scores: Scores) -> list[Experience]:
+        totals = scores.scalars
+        if self.args.scale_rewards:
+            self.scale.update(totals)
+            totals = self.scale(totals)
+        finals = final_scores(replies, scores, totals, self.args)
+        found = experience(replies, scores, finals, self.args, self.kl_coef)
+        rows = rollout_rows(replies, scores, self.prompts.ids, self.done + 1)
+        self.keep(rows)
+        self.steps.metrics = self._metrics(replies, scores, rows) | {"kl_coef": self.kl_coef}
+        if self.args.kl_target is not None:
+            kl, n = self.steps.metrics["kl"], len(rows)
+            self.kl_coef = adapted_kl_coef(self.kl_coef, kl, self.args.kl_target, n, self.args.kl_horizon)
+        return found
+
+    def _metrics(self, replies: Replies, scores: Scores, rows: list[Rollout]) -> dict[str, float]:
+        sampled = [logp for sample in replies.samples for logp in sample.logprobs]
+        found = summary(rows) | {"entropy": -sum(sampled) / max(1, len(sampled))}
+        if len(scores.by_function) > 1:
+            found |= {f"reward/{name}": sum(of) / len(of) for name, of in scores.by_function.items()}
+        trained = [
+            logp
+            for e, s in zip(replies.experience, replies.samples, strict=True)
+            for logp in e.old_logps[: len(s.tokens)]
+        ]
+        found["sampling_kl"] = (sum(sampled) - sum(trained)) / max(1, len(sampled))
+        return found | self.clock.take() | {"memory/peak_mib": _peak(self.args.device)}
+
+    def keep(self, rows: Sequence[Rollout]) -> None:
+        """Called with every rollout; for subclasses that write it down."""
+
+    def _next_rows(self) -> list[int]:
         """Passes over all prompts, each freshly shuffled; a pass need not end with a rollout."""
-        size, n = self.config.rollout_size, len(self.records)
-        positions = range(update * size, (update + 1) * size)
+        size, n = self.args.rollout_size, len(self.prompts.tokens)
+        positions = range(self.done * size, (self.done + 1) * size)
         orders = {p: self._permutation(n, p, -1) for p in {position // n for position in positions}}
         return [orders[position // n][position % n] for position in positions]
 
     def _permutation(self, n: int, a: int, b: int) -> list[int]:
-        seed = (self.config.seed * 1_000_003 + a) * 1009 + b + 1
+        seed = (self.args.seed * 1_000_003 + a) * 1009 + b + 1
         return torch.randperm(n, generator=torch.Generator().manual_seed(seed)).tolist()
 
+    # --- what transformers' Trainer calls
 
-def summary(rows: Sequence[Rollout]) -> dict[str, float]:
-    """Means over the replies of a rollout."""
-    n = len(rows)
-    return {
-        "reward": sum(row.reward for row in rows) / n,
-        "kl": sum(row.kl for row in rows) / n,
-        "length": sum(row.length for row in rows) / n,
-        "self_stopping": sum(row.stopped for row in rows) / n,
-    }
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """Reward, KL, length and self-stopping on held-out prompts; the same draws each time."""
+        prompts = self.held_out
+        if eval_dataset is not None:
+            prompts = Prompts(eval_dataset, self.actor.tokenizer, self.model, self.args.response_length)
+        rows = list(range(len(prompts.tokens)))
+        replies = self.actor.answer(prompts, rows, [f"{self.args.seed}/eval/{row}" for row in rows])
+        found = summary(rollout_rows(replies, self.score(replies, prompts), prompts.ids, self.done))
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in found.items()}
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def create_optimizer(self, model: nn.Module | None = None) -> Any:
+        """The Trainer's, the value's own parameters in groups of their own where they have their own rate."""
+        optimizer = super().create_optimizer(model)
+        if self.args.value_learning_rate is not None:
+            own = {id(p) for p in value_parameters(self.model)}
+            for group in list(optimizer.param_groups):
+                of_value = [p for p in group["params"] if id(p) in own]
+                group["params"] = [p for p in group["params"] if id(p) not in own]
+                if of_value:
+                    rate = {"params": of_value, "lr": self.args.value_learning_rate}
+                    optimizer.add_param_group({**{k: v for k, v in group.items() if k != "params"}, **rate})
+        return optimizer
+
+    def _clip_grad_norm(self, model: nn.Module) -> Tensor:
+        """Drop the gradients of a step whose mean ratio has run away, so that the optimiser skips it."""
+        objective: Any = self.objective
+        if self.args.ratio_threshold is not None and objective.ratio > self.args.ratio_threshold:
+            model.zero_grad(set_to_none=True)
+        return super()._clip_grad_norm(model)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """The policy without its value, as `from_pretrained` reads it."""
+        with without_value(self.model):
+            super().save_model(output_dir, _internal_call)
+        if _internal_call and output_dir is not None and self.args.should_save:  # a checkpoint
+            torch.save(self._state(), Path(output_dir) / STATE)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        state = torch.load(Path(resume_from_checkpoint) / STATE, weights_only=True)
+        self.done, self.kl_coef = state["done"], state["kl_coef"]
+        self.scale.load_state_dict(state["scale"])
+        for parameter, value in zip(value_parameters(self.model), state["value"], strict=True):
+            parameter.data.copy_(value)
+
+    def _state(self) -> dict[str, Any]:
+        value = [parameter.detach() for parameter in value_parameters(self.model)]
+        return {"done": self.done, "kl_coef": self.kl_coef, "scale": self.scale.state_dict(), "value": value}
 
 
-def _padded(rows: list[list[float]]) -> tuple[Tensor, Tensor]:
-    """Lists of length <= C -> (R, C) values and their mask."""
-    width = max(1, *map(len, rows))
-    values = torch.tensor([row + [0.0] * (width - len(row)) for row in rows])
-    mask = torch.tensor([[True] * len(row) + [False] * (width - len(row)) for row in rows])
-    return values, mask
+class _Updates:
+    """The training as the engine sees it: optimiser steps, of which a number make an update."""
+
+    def __init__(self, trainer: PPOTrainer, args: PPOConfig):
+        self.trainer, self.args = trainer, args
+        self.metrics: dict[str, float] = {}
+
+    def __len__(self) -> int:
+        return int(self.args.updates * self.args.steps_per_update)
+
+    def start(self, step: int) -> Iterator[Sequence[Experience]]:
+        first, within = divmod(step, self.args.steps_per_update)
+        assert within == 0, "PPO continues from the end of an update"
+        self.trainer.done = first
+        for _ in range(first, self.args.updates):
+            replies = self.trainer.rollout()
+            try:
+                scores = self.trainer.score(replies)
+            except RewardError:
+                self._save()
+                raise
+            yield from self.trainer.minibatches(replies, scores)
+
+    def _save(self) -> None:
+        """What was trained so far is not lost to a reward function that fails."""
+        trainer: Any = self.trainer
+        folder = Path(self.args.output_dir) / f"checkpoint-{trainer.state.global_step}"
+        if trainer.state.global_step and not folder.exists():
+            with suppress(OSError):  # a full disk: the error of the reward function says more
+                trainer._save_checkpoint(trainer.model, trial=None)
+                trainer.callback_handler.on_save(self.args, trainer.state, trainer.control)
+
+
+def _peak(device: torch.device) -> float:
+    """MiB: of the process, or of the GPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024

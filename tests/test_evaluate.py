@@ -152,7 +152,7 @@ def test_win_counts_ties_half():
 def helpdesk(tmp_path_factory):
     """Folder with records, items and rollouts of twelve tickets of the helpdesk."""
     from stages.helpdesk import world
-    from stages.ppo_trainer import Rollout
+    from stages.ppo_rollout import Rollout
 
     folder = tmp_path_factory.mktemp("helpdesk")
     tickets = world.tickets(0, 12)
@@ -254,7 +254,7 @@ def test_several_sizes_of_best_of_n_choose_from_the_same_replies(models, helpdes
 
 def test_rollouts_get_their_true_score(evaluated, helpdesk):
     from stages.helpdesk import rubric
-    from stages.ppo_trainer import Rollout
+    from stages.ppo_rollout import Rollout
 
     run, _ = evaluated
     facts = {row.id: row.facts for row in read(helpdesk / "records.jsonl", Record)}

@@ -1,20 +1,14 @@
 """PPO on tiny models: the first step, the exact steps, what ends an update, resume, and learning."""
 
-import json
-
 import pytest
 import torch
-from torch import nn
+from transformers import TrainerCallback
 
-from annotate.records import read
 from reward.batch import Example
-from reward.model import load_policy, new_reward_model, save, without_gradient
+from reward.functions import RewardError
+from reward.model import load_policy, new_reward_model
 from reward.tokens import logprobs
-from stages import ppo
-from stages.config import UserError
-from stages.engine import Engine, Reporting, train
-from stages.manifest import load_manifest
-from stages.ppo_trainer import PPO, PPOConfig, RatioGuard, Rollout, Rollouts
+from stages.ppo_trainer import PPOConfig, PPOTrainer
 from tests import tiny
 
 SMALL = {
@@ -26,54 +20,51 @@ SMALL = {
     "response_length": 8,
     "learning_rate": 1e-3,
     "logging_steps": 1,
+    "save_strategy": "no",
+    "report_to": "none",
+    "disable_tqdm": True,
+    "use_cpu": True,
 }  # rollouts of 8 replies, 3 updates of 4 steps
+PROMPTS = [f"My {tiny.WORDS[i % 8]} number {i} broke." for i in range(10)]
 
 
-class Counts(nn.Module):
-    """A reward model whose score is how often one token occurs."""
-
-    def __init__(self, token, pad):
-        super().__init__()
-        self.token, self.score = token, nn.Linear(1, 1, bias=False)
-        nn.init.ones_(self.score.weight)
-        self.config = type("Config", (), {"pad_token_id": pad})()
-
-    def base_model(self, input_ids, attention_mask, use_cache):
-        count = ((input_ids == self.token) & (attention_mask == 1)).cumsum(1)
-        return type("Output", (), {"last_hidden_state": count[..., None].float()})()
+def rows(prompts=PROMPTS):
+    return [{"prompt": [{"role": "user", "content": text}]} for text in prompts]
 
 
-class Setting:
-    """Everything that `ppo.main` puts together, open to look into."""
+def count_77(completion_ids, **_):
+    return [float(ids.count(77)) for ids in completion_ids]
 
-    def __init__(self, path, reward=None, seed=0, prompts=10, callbacks=(), **trainer):
-        self.run = tiny.run_in(path, "ppo", seed)
-        self.policy, self.tokenizer = load_policy(tiny.save_folder(path, "llama"))
-        self.reference = without_gradient(self.policy)
-        self.policy.value_head = nn.Linear(16, 1)
-        nn.init.zeros_(self.policy.value_head.weight)
-        nn.init.zeros_(self.policy.value_head.bias)
-        self.args = ppo.ppo_arguments(SMALL | trainer, self.run)
-        self.objective = PPO(self.args)
-        if reward is None:
-            torch.manual_seed(5)
-            reward = new_reward_model(path / "llama")[0]
-        rows = tiny.records(prompts, "policy", completion=False)
-        self.rollouts = Rollouts(
-            self.policy, self.reference, reward, self.tokenizer, rows, self.objective, self.run
-        )
-        hooks = [Reporting(self.run, "PPO"), *callbacks]
-        if self.args.ratio_threshold is not None:
-            hooks.append(RatioGuard(self.objective, self.args.ratio_threshold))
-        self.engine = Engine(self.policy, self.args, self.objective, self.rollouts, hooks)
 
-    def train(self):
-        train(self.engine, self.run)
-        return [json.loads(line) for line in (self.run.path / "metrics.jsonl").read_text().splitlines()]
+def setting(path, reward=None, prompts=PROMPTS, callbacks=None, kind=PPOTrainer, given=None, **args):
+    """A trainer of the tiny Llama, against a random reward model unless a function is given."""
+    folder = path / "llama"
+    if not folder.exists():
+        tiny.save_folder(path, "llama")
+    policy, tokenizer = load_policy(folder)
+    if reward is None:
+        torch.manual_seed(5)
+        reward = new_reward_model(folder)[0]
+    config = PPOConfig(str(path / "out"), **SMALL | args)
+    return kind(
+        policy,
+        reward,
+        config,
+        rows(prompts),
+        processing_class=tokenizer,
+        reward_processing_classes=None if callable(reward) and not hasattr(reward, "config") else tokenizer,
+        callbacks=callbacks,
+        **given or {},
+    )
+
+
+def logs(trainer):
+    trainer.train()
+    return [line for line in trainer.state.log_history if "loss" in line]
 
 
 def test_first_minibatch_has_ratio_1_and_no_kl(tmp_path):
-    lines = Setting(tmp_path).train()
+    lines = logs(setting(tmp_path))
     assert lines[0]["ratio"] == pytest.approx(1, abs=1e-5)
     assert lines[0]["approx_kl"] == pytest.approx(0, abs=1e-5)
     assert lines[0]["clip_fraction"] == 0
@@ -84,20 +75,25 @@ def test_first_minibatch_has_ratio_1_and_no_kl(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("trainer", "steps"),
+    ("args", "steps"),
     [({}, 12), ({"num_ppo_epochs": 3, "num_mini_batches": 1}, 18), ({"total_episodes": 31}, 12)],
 )
-def test_exact_number_of_optimiser_steps(tmp_path, trainer, steps):
+def test_exact_number_of_optimiser_steps(tmp_path, args, steps):
     """Updates x epochs x minibatches, also where passes over the 10 prompts end inside a rollout."""
-    setting = Setting(tmp_path, **trainer)
-    setting.train()
-    taken = {int(state["step"]) for state in setting.engine.optimizer.state.values()}
-    assert (setting.engine.state.global_step, taken, len(setting.rollouts)) == (steps, {steps}, steps)
+    trainer = setting(tmp_path, **args)
+    trainer.train()
+    taken = {int(state["step"]) for state in trainer.optimizer.state.values()}
+    assert (trainer.state.global_step, taken, len(trainer.steps)) == (steps, {steps}, steps)
+
+
+def test_fewer_prompts_than_a_batch(tmp_path):
+    trainer = setting(tmp_path, prompts=PROMPTS[:3])
+    trainer.train()
+    assert trainer.state.global_step == 12
 
 
 def test_every_reply_is_in_each_epoch_once(tmp_path):
-    setting = Setting(tmp_path)
-    batches = list(setting.rollouts.start(0))  # nothing trains in between
+    batches = list(setting(tmp_path).steps.start(0))  # nothing trains in between
     for update in range(3):
         of_update = batches[4 * update : 4 * update + 4]
         assert [len(batch) for batch in of_update] == [4] * 4
@@ -108,29 +104,34 @@ def test_every_reply_is_in_each_epoch_once(tmp_path):
 
 
 def test_prompts_are_drawn_in_passes(tmp_path):
-    setting = Setting(tmp_path, total_episodes=40)
-    drawn = [row for update in range(5) for row in setting.rollouts._draw_prompts(update)]
+    trainer = setting(tmp_path, total_episodes=40)
+    drawn = []
+    for trainer.done in range(5):
+        drawn += trainer._next_rows()
     for start in range(0, 40, 10):
         assert sorted(drawn[start : start + 10]) == list(range(10))
     assert drawn[:10] != drawn[10:20]
 
 
 def test_experience_is_what_the_models_say(tmp_path):
-    """Old log-probs, KL, rewards and returns recomputed from plain forwards of each reply."""
-    setting = Setting(tmp_path, gamma=1.0, lam=1.0, kl_coef=0.3, missing_eos_penalty=0.7)
+    """Log-probs, values, KL, rewards and returns recomputed from plain forwards of each reply."""
+    trainer = setting(tmp_path, gamma=1.0, lam=1.0, kl_coef=0.3, missing_eos_penalty=0.7)
     with torch.no_grad():
-        for p in setting.policy.parameters():
+        for p in trainer.model.parameters():
             p.add_(0.02 * torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel())))
-    experience = setting.rollouts.rollout(0)
-    rows = read(setting.run.path / "rollouts/000000.jsonl", Rollout)
+    replies = trainer.rollout()
+    scores = trainer.score(replies)
+    experience = trainer._experience(replies, scores)
     plain = [Example(e.prompt, e.completions) for e in experience]
-    of_policy, of_reference = logprobs(setting.policy, plain), logprobs(setting.reference, plain)
-    for e, row, (logp,), (ref,) in zip(experience, rows, of_policy, of_reference, strict=True):
+    of_policy = logprobs(trainer.model, plain)
+    of_reference = logprobs(trainer.actor.reference.model, plain)
+    stop = trainer.processing_class.eos_token_id
+    for i, (e, (logp,), (ref,)) in enumerate(zip(experience, of_policy, of_reference, strict=True)):
         assert e.old_logps == pytest.approx(logp, abs=1e-5)
         kl = [a - b for a, b in zip(logp, ref, strict=True)]
-        assert row.kl == pytest.approx(sum(kl), abs=1e-4) and row.length == len(logp)
-        assert row.stopped == (e.completions[0][-1] == setting.tokenizer.eos_token_id)
-        score = row.reward - 0.7 * (not row.stopped)
+        assert replies.kl[i] == pytest.approx(sum(kl), abs=1e-4)
+        assert replies.samples[i].stopped == (e.completions[0][-1] == stop)
+        score = scores.totals[i] - 0.7 * (not replies.samples[i].stopped)
         returns = [score - 0.3 * sum(kl[t:]) for t in range(len(kl))]  # gamma = lambda = 1
         assert e.returns == pytest.approx(returns, abs=1e-4)
     advantages = torch.tensor([a for e in experience for a in e.advantages])
@@ -139,21 +140,24 @@ def test_experience_is_what_the_models_say(tmp_path):
 
 
 def test_the_reference_and_the_reward_model_stay(tmp_path):
-    setting = Setting(tmp_path)
-    before = {k: v.clone() for k, v in setting.reference.state_dict().items()}
-    scorer = {k: v.clone() for k, v in setting.rollouts.reward.state_dict().items()}
-    setting.train()
-    assert all(torch.equal(v, before[k]) for k, v in setting.reference.state_dict().items())
-    assert all(torch.equal(v, scorer[k]) for k, v in setting.rollouts.reward.state_dict().items())
-    assert any(not torch.equal(v, before[k]) for k, v in setting.policy.state_dict().items() if k in before)
+    torch.manual_seed(5)
+    tiny.save_folder(tmp_path, "llama")
+    reward = new_reward_model(tmp_path / "llama")[0]
+    scorer = {k: v.clone() for k, v in reward.state_dict().items()}
+    trainer = setting(tmp_path, reward)
+    before = {k: v.clone() for k, v in trainer.actor.reference.model.state_dict().items()}
+    trainer.train()
+    assert all(torch.equal(v, before[k]) for k, v in trainer.actor.reference.model.state_dict().items())
+    assert all(torch.equal(v, scorer[k]) for k, v in reward.state_dict().items())
+    assert any(not torch.equal(v, before[k]) for k, v in trainer.model.state_dict().items() if k in before)
 
 
 def test_loss_does_not_depend_on_the_micro_batches(tmp_path):
     lines = {}
     for budget in (8192, 30):
-        setting = Setting(tmp_path / str(budget), total_episodes=8, optim="sgd")
-        setting.engine.max_tokens = budget
-        lines[budget] = setting.train()
+        trainer = setting(tmp_path, total_episodes=8, optim="sgd")
+        trainer.max_tokens = budget
+        lines[budget] = logs(trainer)
     for a, b in zip(lines[8192], lines[30], strict=True):
         for name in ("loss", "policy_loss", "value_loss", "approx_kl", "ratio", "grad_norm"):
             assert a[name] == pytest.approx(b[name], rel=1e-4, abs=1e-6)
@@ -161,10 +165,11 @@ def test_loss_does_not_depend_on_the_micro_batches(tmp_path):
 
 def test_loss_by_hand(tmp_path):
     """The mean over all tokens of the step, not over replies."""
-    setting = Setting(tmp_path, vf_coef=0.5, cliprange_value=None)
-    batch = setting.rollouts.rollout(0)[:3]
-    weight = setting.objective.weight(batch)
-    loss, _ = setting.objective.loss(setting.policy, batch)
+    trainer = setting(tmp_path, vf_coef=0.5, cliprange_value=None)
+    replies = trainer.rollout()
+    batch = trainer._experience(replies, trainer.score(replies))[:3]
+    weight = trainer.objective.weight(batch)
+    loss, _ = trainer.objective.loss(trainer.model, batch)
     advantages = [a for e in batch for a in e.advantages]
     returns = [r for e in batch for r in e.returns]  # values are 0 and the ratio is 1 at first
     expected = sum(-a for a in advantages) + 0.5 * sum(0.5 * r * r for r in returns)
@@ -173,153 +178,171 @@ def test_loss_by_hand(tmp_path):
 
 def test_target_kl_ends_an_update_early(tmp_path):
     """The first step always runs; once it has moved too far, the rest of the update is skipped."""
-    setting = Setting(tmp_path, target_kl=1e-9, learning_rate=1e-2)
-    lines = setting.train()
-    assert setting.engine.state.global_step == 12
-    steps = {int(state["step"]) for state in setting.engine.optimizer.state.values()}
+    trainer = setting(tmp_path, target_kl=1e-9, learning_rate=1e-2)
+    lines = logs(trainer)
+    assert trainer.state.global_step == 12
+    steps = {int(state["step"]) for state in trainer.optimizer.state.values()}
     assert steps == {6}  # of each update of four steps: the one that moves, the one that notices
     assert [line["loss"] == 0 for line in lines] == [False, False, True, True] * 3
 
 
-def test_ratio_guard_skips_the_step(tmp_path):
+def test_ratio_threshold_skips_the_step(tmp_path):
     """A threshold below 1 skips every step: nothing moves."""
-    setting = Setting(tmp_path, ratio_threshold=0.5)
-    setting.train()
-    assert tiny.same_weights(setting.reference, without_value_head(setting.policy))
-    generous = Setting(tmp_path / "generous", ratio_threshold=1e6)
-    generous.train()
-    assert not tiny.same_weights(generous.reference, without_value_head(generous.policy))
 
+    def moved(threshold):
+        trainer = setting(tmp_path, ratio_threshold=threshold)
+        before = {k: v.clone() for k, v in trainer.model.state_dict().items()}
+        trainer.train()
+        return any(not torch.equal(v, before[k]) for k, v in trainer.model.state_dict().items())
 
-def without_value_head(policy):
-    del policy.value_head
-    return policy
+    assert not moved(0.5) and moved(1e6)
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_it_learns_to_say_a_token(tmp_path, seed):
     """Reward = how often token 77 occurs; it is rare at first."""
-    setting = Setting(
-        tmp_path,
-        Counts(77, 0),
-        seed,
-        total_episodes=40 * 32,
-        per_device_train_batch_size=32,
-        gradient_accumulation_steps=1,
-        num_mini_batches=1,
-        num_ppo_epochs=4,
-        learning_rate=1e-2,
-        lr_scheduler_type="constant",
-        kl_coef=0.01,
-        missing_eos_penalty=None,
-        logging_steps=4,
+    lines = logs(
+        setting(
+            tmp_path,
+            count_77,
+            seed=seed,
+            total_episodes=40 * 32,
+            per_device_train_batch_size=32,
+            gradient_accumulation_steps=1,
+            num_mini_batches=1,
+            num_ppo_epochs=4,
+            learning_rate=1e-2,
+            lr_scheduler_type="constant",
+            kl_coef=0.01,
+            missing_eos_penalty=None,
+            logging_steps=4,
+        )
     )
-    lines = setting.train()
     reward = [line["reward"] for line in lines]
     assert sum(reward[:3]) / 3 < 0.5 and sum(reward[-3:]) / 3 > 2
     assert lines[-1]["kl"] > 1 and lines[-1]["entropy"] < lines[0]["entropy"]
 
 
 def test_a_high_price_of_kl_holds_the_policy(tmp_path):
-    def last_kl(name, **trainer):
-        trainer |= {"total_episodes": 15 * 32, "per_device_train_batch_size": 8, "learning_rate": 3e-3}
-        lines = Setting(tmp_path / name, Counts(77, 0), **trainer).train()
-        return sum(line["kl"] for line in lines[-20:]) / 20
+    def last_kl(**args):
+        args |= {"total_episodes": 15 * 32, "per_device_train_batch_size": 8, "learning_rate": 3e-3}
+        return sum(line["kl"] for line in logs(setting(tmp_path, count_77, **args))[-20:]) / 20
 
-    assert last_kl("dear", kl_coef=2.0) < last_kl("cheap", kl_coef=0.0) / 2
+    assert last_kl(kl_coef=2.0) < last_kl(kl_coef=0.0) / 2
+
+
+def test_kl_is_steered_to_its_target(tmp_path):
+    """Far above the target the price rises by at most a fifth of episodes / horizon; below it falls."""
+    args = {"kl_horizon": 40, "learning_rate": 1e-2, "kl_coef": 0.1}
+    high = logs(setting(tmp_path, count_77, kl_target=1e-6, **args))
+    assert [line["kl_coef"] for line in high[3::4]] == pytest.approx([0.1, 0.096, 0.09984], rel=1e-6)
+    low = logs(setting(tmp_path, count_77, kl_target=1e6, **args))
+    assert [line["kl_coef"] for line in low[3::4]] == pytest.approx([0.1 * 0.96**i for i in range(3)])
+
+
+class Interrupt(TrainerCallback):
+    """As if killed once a step is saved."""
+
+    def __init__(self, step):
+        self.step = step
+
+    def on_save(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            raise KeyboardInterrupt
+
+
+FEATURES = {
+    "plain": {},
+    "steered and scaled": {"kl_target": 0.5, "kl_horizon": 50, "scale_rewards": True},
+    "value of its own": {"value_init": "reward", "value_learning_rate": 1e-2},
+    "last layer": {"train_layers": "last:1"},
+    "adapters": {},
+}
+
+
+@pytest.mark.parametrize("feature", FEATURES)
+def test_resumed_is_bitwise_uninterrupted(tmp_path, feature):
+    """Policy, value, optimiser, price of KL, scale of the reward and the order of prompts."""
+    import peft
+
+    args = {"save_strategy": "steps", "save_steps": 4} | FEATURES[feature]
+    config = peft.LoraConfig(target_modules="all-linear", init_lora_weights=False, task_type="CAUSAL_LM")
+
+    def trainer(**more):
+        torch.manual_seed(0)
+        return setting(
+            tmp_path, given={"peft_config": config if feature == "adapters" else None}, **args | more
+        )
+
+    straight = trainer()
+    straight.train()
+    cut = trainer(callbacks=[Interrupt(8)])
+    with pytest.raises(KeyboardInterrupt):
+        cut.train()
+    resumed = trainer()
+    resumed.train(resume_from_checkpoint=str(tmp_path / "out/checkpoint-8"))
+    assert tiny.same_weights(straight.model, resumed.model)
+    history = [
+        [
+            {k: v for k, v in line.items() if not k.startswith(("seconds/", "memory/", "epoch"))}
+            for line in lines
+        ]
+        for lines in (straight.state.log_history[:-1], resumed.state.log_history[:-1])
+    ]
+    assert history[0] == history[1]
+
+
+def test_a_loop_of_ones_own_is_what_train_does(tmp_path):
+    whole = setting(tmp_path)
+    whole.train()
+    trainer, metrics = setting(tmp_path), []
+    for _ in range(trainer.args.updates):
+        replies = trainer.rollout()
+        scores = trainer.score(replies)
+        metrics.append(trainer.update(replies, scores))
+    assert tiny.same_weights(whole.model, trainer.model)
+    lines = [line for line in whole.state.log_history if "loss" in line]
+    assert [m["reward"] for m in metrics] == [line["reward"] for line in lines[3::4]]
+
+
+def test_a_reward_that_fails_leaves_a_checkpoint(tmp_path):
+    """It names the function; training goes on from there once it is mended."""
+    calls = []
+
+    def absent_minded(completions, **_):
+        calls.append(len(completions))
+        if len(calls) == 2:
+            raise RuntimeError("no judge at home")
+        return [1.0] * len(completions)
+
+    with pytest.raises(RewardError, match=r"absent_minded.*no judge at home"):
+        setting(tmp_path, absent_minded, save_strategy="steps", save_steps=1000).train()
+    resumed = setting(tmp_path, count_77)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "out/checkpoint-4"))
+    assert resumed.state.global_step == 12
+
+
+def test_evaluation_answers_the_held_out_prompts(tmp_path):
+    held_out = [{"prompt": "A lamp broke."}, {"prompt": "A pan."}]
+    args = {"eval_strategy": "steps", "eval_steps": 4}
+    trainer = setting(tmp_path, count_77, given={"eval_dataset": held_out}, **args)
+    trainer.train()
+    lines = [line for line in trainer.state.log_history if "eval_reward" in line]
+    assert [line["step"] for line in lines] == [4, 8, 12]
+    assert trainer.evaluate()["eval_reward"] == lines[-1]["eval_reward"]  # the same draws
+    assert {"eval_kl", "eval_length", "eval_self_stopping"} <= lines[0].keys()
 
 
 @pytest.mark.parametrize(
     ("settings", "message"),
-    [({"total_episodes": 7}, "less than one rollout"), ({"missing_eos_mode": "drop"}, "subtract or replace")],
+    [
+        ({"total_episodes": 7}, "less than one rollout"),
+        ({"missing_eos_mode": "drop"}, "subtract or replace"),
+        ({"kl_estimator": "k3"}, "only k1 can stand in the reward"),
+        ({"temperature": 0.0}, "above 0"),
+        ({"dual_clip": 0.5}, "above 1"),
+    ],
 )
 def test_settings_that_make_no_sense(tmp_path, settings, message):
     with pytest.raises(ValueError, match=message):
         PPOConfig(output_dir=str(tmp_path), **SMALL | settings)
-
-
-# The stage
-
-
-@pytest.fixture(scope="module")
-def inputs(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("inputs")
-    policy = tiny.save_folder(folder, "llama")
-    torch.manual_seed(0)
-    save(*new_reward_model(policy), folder / "rm")
-    prompts = tiny.rows_file(folder / "records.jsonl", tiny.records(10, "policy", completion=False))
-    return {"policy": str(policy), "reward": str(folder / "rm"), "prompts": prompts}
-
-
-def stage(path, inputs, **trainer):
-    run = tiny.run_in(path, "ppo")
-    ppo.main(ppo.Config(**inputs, trainer=SMALL | {"save_steps": 4} | trainer), run)
-    run.manifest.save(path)
-    return run
-
-
-def test_stage_writes_a_policy_and_every_reply(tmp_path, inputs):
-    run = stage(tmp_path, inputs)
-    rows = read(tmp_path / "rollouts.jsonl", Rollout)
-    assert [row.step for row in rows] == [1] * 8 + [2] * 8 + [3] * 8
-    assert all(row.length <= 8 for row in rows)
-    facts = load_manifest(tmp_path).metrics
-    assert (facts["updates"], facts["optimiser_steps"]) == (3, 12)
-    assert facts["reward"] == pytest.approx(sum(r.reward for r in rows[16:]) / 8)
-    assert facts["kl"] == pytest.approx(sum(r.kl for r in rows[16:]) / 8)
-    policy, _ = load_policy(tmp_path / "model")
-    assert not tiny.same_weights(policy, load_policy(inputs["policy"])[0])
-    assert not hasattr(policy, "value_head") and not (tmp_path / "rollouts").exists()
-    assert "stops by itself" in run.manifest.gates
-
-
-@pytest.mark.parametrize("stop", [0, 1, 2, 3])
-def test_resumed_is_bitwise_uninterrupted(tmp_path, inputs, monkeypatch, stop):
-    """Stopped as update `stop` begins; 3: after the last."""
-    stage(tmp_path / "straight", inputs)
-    real = Rollouts.rollout
-
-    def interrupted(self, update):
-        if update == stop:
-            raise KeyboardInterrupt
-        return real(self, update)
-
-    def interrupted_at_the_end(*args, **kwargs):
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        if stop < 3:
-            patch.setattr(Rollouts, "rollout", interrupted)
-        else:  # the last checkpoint is written, and nothing after it
-            patch.setattr("stages.engine.Reporting.on_train_end", interrupted_at_the_end)
-        with pytest.raises(KeyboardInterrupt):
-            stage(tmp_path / "cut", inputs)
-    stage(tmp_path / "cut", inputs)
-    for name in ("model/model.safetensors", "rollouts.jsonl", "metrics.jsonl"):
-        assert (tmp_path / "cut" / name).read_bytes() == (tmp_path / "straight" / name).read_bytes()
-    straight, cut = (load_manifest(tmp_path / name) for name in ("straight", "cut"))
-    assert straight.metrics == cut.metrics and straight.gates == cut.gates
-
-
-def test_another_vocabulary_is_refused(tmp_path, inputs):
-    other = tiny.save_folder(tmp_path, "no_template")
-    save(*new_reward_model(other), tmp_path / "rm")
-    with pytest.raises(UserError, match="another vocabulary than the policy") as error:
-        stage(tmp_path / "run", inputs | {"reward": str(tmp_path / "rm")})
-    assert "\n" not in str(error.value)
-
-
-def test_a_policy_in_the_place_of_the_reward_model_is_refused(tmp_path, inputs):
-    with pytest.raises(ValueError, match="not a reward model: give the model of an rm run"):
-        stage(tmp_path / "run", inputs | {"reward": inputs["policy"]})
-
-
-def test_no_prompt_to_answer(tmp_path, inputs):
-    prompts = tiny.rows_file(tmp_path / "records.jsonl", tiny.records(3, "sft"))
-    with pytest.raises(UserError, match="no prompt of use `policy` in the training split"):
-        stage(tmp_path / "run", inputs | {"prompts": prompts})
-
-
-def test_a_checkpoint_within_an_update_cannot_be_asked_for(tmp_path, inputs):
-    with pytest.raises(UserError, match="multiple of the 4 optimiser steps of one update"):
-        stage(tmp_path / "run", inputs, save_steps=6)

@@ -7,7 +7,7 @@ from transformers import GenerationConfig
 from annotate.records import DataError
 from reward.batch import Example
 from reward.model import load_policy
-from reward.sampler import Sampler, _invert
+from reward.sampler import BLOCK, Sampler, draw
 from reward.tokens import logprobs
 from tests import tiny
 
@@ -48,19 +48,35 @@ def test_temperature_to_zero_is_greedy_generation(policy):
         assert sample.tokens == theirs[0, len(prompt) :].tolist()
 
 
-def test_inverse_cdf_draws_with_the_frequencies_of_the_softmax():
+@pytest.mark.parametrize("vocabulary", [50, 2 * BLOCK, 3 * BLOCK + 7])
+def test_draws_have_the_frequencies_of_the_softmax(vocabulary):
     generator = torch.Generator().manual_seed(0)
-    logp = torch.randn(1, 50, generator=generator).mul(2).log_softmax(-1)
+    logits = torch.randn(1, vocabulary, generator=generator).mul(2) + 30
     uniform = torch.rand(200_000, generator=generator, dtype=torch.float64)
-    drawn = torch.cat([_invert(logp.expand(len(part), -1), part) for part in uniform.split(20_000)])
-    frequency = drawn.bincount(minlength=50) / len(drawn)
-    assert (frequency - logp[0].exp()).abs().max() < 0.005
+    parts = [draw(logits.expand(len(part), -1), part) for part in uniform.split(20_000)]
+    drawn, logps = (torch.cat(both) for both in zip(*parts, strict=True))
+    logp = logits[0].log_softmax(-1)
+    torch.testing.assert_close(logps, logp[drawn], atol=1e-5, rtol=0)
+    frequency = drawn.bincount(minlength=vocabulary) / len(drawn)
+    assert (frequency - logp.exp()).abs().max() < 0.005
+
+
+def test_a_draw_is_where_the_running_sum_passes_the_uniform():
+    """Against one running sum over the whole row."""
+    logits = torch.randn(64, 1000, generator=torch.Generator().manual_seed(1)).mul(3)
+    uniform = torch.rand(64, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    plain = torch.searchsorted(logits.double().softmax(-1).cumsum(-1), uniform[:, None]).squeeze(1)
+    assert (draw(logits, uniform)[0] == plain).all()
 
 
 def test_inverse_cdf_at_its_ends():
-    logp = torch.tensor([[float("-inf"), 0.5, 0.5, float("-inf")]]).log_softmax(-1)
-    assert _invert(logp, torch.tensor([0.0], dtype=torch.float64)).item() == 1
-    assert _invert(logp, torch.tensor([1 - 1e-16], dtype=torch.float64)).item() == 2
+    logits = torch.tensor([[float("-inf"), 0.5, 0.5, float("-inf")]])
+    assert draw(logits, torch.tensor([0.0], dtype=torch.float64))[0].item() == 1
+    assert draw(logits, torch.tensor([1 - 1e-16], dtype=torch.float64))[0].item() == 2
+    only = torch.full((1, 3 * BLOCK), float("-inf"))
+    only[0, BLOCK - 1] = 0.0  # the last of its block, and blocks without any weight behind it
+    for uniform in (0.0, 0.5, 1 - 1e-16):
+        assert draw(only, torch.tensor([uniform], dtype=torch.float64))[0].item() == BLOCK - 1
 
 
 def test_first_tokens_have_the_frequencies_of_the_model(llama):
