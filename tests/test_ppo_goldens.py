@@ -1,11 +1,25 @@
 """PPO against golden tensors of TRL 1.12, taken from inside its own `train` (goldens/make_ppo.py)."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from reward.sampler import Sample
 from stages.ppo_math import gae, policy_loss, token_rewards, value_loss, whiten
-from tests.goldens.make_ppo import FILE, KL_COEF, OTHERS
+from stages.ppo_trainer import PPOConfig, PPOTrainer
+from tests.benchmarks.ppo_worker import EOS, PAD, Size, classifier_of, policy_of, tokenizer_of
+from tests.goldens.make_ppo import (
+    ADAM_RATE,
+    FILE,
+    KL_COEF,
+    OTHERS,
+    SGD_RATE,
+    SIZE,
+    TEMPERATURE,
+    reference_of,
+)
 
 GOLDEN = load_file(FILE)
 CLIP = 0.2  # TRL's default, of policy and value
@@ -73,3 +87,104 @@ def test_losses_of_every_minibatch(step):
     close(found[states].mean(), of["vf_loss"])
     counts = found > value_loss(of["vpred"], old, returns, None) + 1e-6  # ours rounds where it does not clip
     close(counts[states].float().mean(), of["vf_clipfrac"])
+
+
+# A whole update: 16 optimiser steps
+
+
+class Replayed:
+    """A sampler that gives TRL's answers."""
+
+    def sample(self, prompts, keys):
+        answers = [row[kept] for row, kept in zip(ROLLOUT["responses"], TOKENS, strict=True)]
+        logps = [row[kept].tolist() for row, kept in zip(ROLLOUT["logprobs"], TOKENS, strict=True)]
+        pairs = zip(answers, logps, strict=True)
+        return [Sample(ids.tolist(), logp, int(ids[-1]) == EOS, []) for ids, logp in pairs]
+
+    def text(self, sample):
+        return ""
+
+
+class AsTRL(PPOTrainer):
+    """Takes the minibatches in TRL's order, and divides the variance of advantages by n - 1 as it does."""
+
+    def _permutation(self, n, a, b):
+        if b < 0:  # of the prompts
+            return list(range(n))
+        return group("minibatches")["mini_batch_inds"].reshape(-1, n)[b].tolist()
+
+    def _experience(self, replies, scores):
+        found = super()._experience(replies, scores)
+        scale = unbiased(ROLLOUT["advantages"], TOKENS).item()
+        return [replace(e, advantages=[scale * a for a in e.advantages]) for e in found]
+
+
+def updated(folder, rate, **settings):
+    """Models of ours after the update, started from TRL's weights with its prompts, answers and scores."""
+    size = Size(**SIZE)
+    policy, value = policy_of(size), classifier_of(size, 2)
+    for part, model in (("policy", policy), ("value", value)):
+        model.load_state_dict(group(f"before/{part}"))
+    reference = reference_of(size)
+    prompts = [row[: -size.answer] for row in ROLLOUT["query_responses"]]
+    texts = [" ".join(f"w{token}" for token in row[row != PAD].tolist()) for row in prompts]
+    assert len({len(text.split()) for text in texts}) > 2  # so TRL's were padded, on the left
+    args = PPOConfig(
+        str(folder),
+        per_device_train_batch_size=size.minibatch,
+        num_mini_batches=size.minibatches,
+        total_episodes=size.batch,
+        response_length=size.answer,
+        temperature=TEMPERATURE,
+        kl_coef=KL_COEF,
+        missing_eos_penalty=None,
+        score_slot="post_eos",
+        max_grad_norm=0.0,
+        learning_rate=rate,
+        lr_scheduler_type="constant",
+        report_to="none",
+        use_cpu=True,
+        **settings,
+    )
+    trainer = AsTRL(
+        policy,
+        lambda completions, **_: ROLLOUT["scores"].tolist(),
+        args,
+        [{"prompt": text} for text in texts],
+        processing_class=tokenizer_of(size),
+        ref_model=reference,
+        value_model=value,
+    )
+    trainer.actor.sampler = Replayed()
+    replies = trainer.rollout()
+    metrics = trainer.update(replies, trainer.score(replies))
+    return {"policy": policy, "value": value}, metrics
+
+
+def change(models, part):
+    """Of every weight, in one vector: (ours, TRL's), without the keys' biases.
+
+    Attention does not depend on them, so their gradient is rounding, which AdamW would make as large as any.
+    """
+    before, optimiser = group(f"before/{part}"), models["optimiser"]
+    golden = {
+        name: value for name, value in group(f"{optimiser}/{part}").items() if "k_proj.bias" not in name
+    }
+    now = dict(models[part].named_parameters())
+    ours = {name: now[name].detach() - before[name] for name in golden}
+    return tuple(torch.cat([of[name].flatten() for name in golden]) for of in (ours, golden))
+
+
+def test_an_update_with_sgd_changes_the_weights_as_trl_does(tmp_path):
+    models, metrics = updated(tmp_path, SGD_RATE, optim="sgd")
+    assert metrics["clip_fraction"] >= 0.3
+    for part in ("policy", "value"):
+        ours, golden = change(models | {"optimiser": "sgd"}, part)
+        assert golden.norm() > 0.1 and (ours - golden).norm() / golden.norm() <= 1e-4
+
+
+def test_an_update_with_adamw_changes_the_weights_as_trl_does(tmp_path):
+    models, _ = updated(tmp_path, ADAM_RATE, adam_epsilon=1e-8)
+    for part in ("policy", "value"):
+        ours, golden = change(models | {"optimiser": "adamw"}, part)
+        assert golden.abs().max() > 1e-5 and (ours - golden).abs().max() <= 2e-6

@@ -146,11 +146,10 @@ def steps_of(size: dict[str, Any]) -> int:
 
 def alternate(size: dict[str, Any], sides: Sequence[tuple[str, str]], repeats: int) -> Costs:
     """`repeats` updates of every (side, mode) in turn, after one that is not counted."""
-    workers = {}
+    workers = {side: Side(*side, size, 1 + repeats) for side in sides}
     try:
         for side in sides:
-            workers[side] = Side(*side, size, 1 + repeats)
-            workers[side].cost()  # the first update: allocations, caches, kernels chosen
+            workers[side].cost()  # the first update, side by side: allocations, caches, kernels chosen
         costs: Costs = {side: [] for side in sides}
         for turn in range(repeats):
             for side in sides[:: 1 if turn % 2 == 0 else -1]:

@@ -60,12 +60,14 @@ def trainer_of(size: Size, mode: str, updates: int, folder: str, turns: Turns | 
         **own,
     )
     texts = [" ".join(f"w{token}" for token in prompt) for prompt in prompts_of(size, size.batch * updates)]
+    tokenizer = tokenizer_of(size)
     trainer = Watched(
         model=policy_of(size),
         reward_funcs=classifier_of(size, 1),
         args=args,
         train_dataset=Dataset.from_dict({"prompt": texts}),
-        processing_class=tokenizer_of(size),
+        processing_class=tokenizer,
+        reward_processing_classes=tokenizer,
         value_model=classifier_of(size, 2) if mode == "same" else None,
         peft_config=LoraConfig(**LORA) if mode == "lora" else None,
         callbacks=[turns] if turns else None,
