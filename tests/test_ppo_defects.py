@@ -158,7 +158,7 @@ def test_a_reward_model_with_a_tokenizer_of_its_own(tmp_path):
         reward_processing_classes=other[1],
     )
     trainer.train()
-    assert trainer.rewards.models == [None] and trainer.state.global_step == 12
+    assert not trainer.rewards.functions[0].reads_ids and trainer.state.global_step == 12
 
 
 def test_rewards_token_by_token(tmp_path):
@@ -201,7 +201,7 @@ def test_padding_and_the_pad_id_change_nothing(tmp_path):
 
 
 def test_k1_in_the_reward_has_the_gradient_of_the_kl():
-    """By exact expectation over a categorical policy; k2 and k3 there do not, which is why they are refused."""
+    """By exact expectation over a categorical policy. k2 and k3 there have another: they are refused."""
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(50, generator=generator, dtype=torch.float64)
     reference = (logits + 0.1 * torch.randn(50, generator=generator, dtype=torch.float64)).log_softmax(0)
