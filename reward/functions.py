@@ -1,237 +1,262 @@
-"""Rewards of sampled replies: functions, reward models, or a weighted list of both.
+"""Reward functions: what a trainer calls to score sampled completions, in the conventions of TRL's trainers.
 
-A function is called with keywords: `prompts` (text or messages), `completions` (text), `prompt_ids`,
-`completion_ids` and every further column of the dataset, lists of one entry a reply; it is given those
-that it names, or all if it takes `**kwargs`. It returns for each reply a number, or a list of one a token.
+    rewards = Rewards([brevity, "runs/quickstart/rm/0a1b/model"], tokenizer, weights=[0.1, 1.0])
+    scores = rewards(prompts, completions, prompt_ids, completion_ids, {"product": products})
+
+A function is called once for all completions, by keyword, and returns for each of them a number or a list
+with one number for each token. A reward model is one function among others (`reward.model_reward`).
 """
 
 import inspect
 import math
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+from numbers import Real
 from pathlib import Path
+from traceback import extract_tb
 from typing import Any
 
-from annotate.records import DataError, Message
-from reward.batch import Example
-from reward.model import load_reward, load_tokenizer, same_vocabulary
-from reward.tokens import completion_ids as ids_of_completion
-from reward.tokens import prompt_ids as ids_of_prompt
-from reward.tokens import rewards
+from torch import nn
+from transformers import PreTrainedTokenizerBase
 
-Values = list[float] | list[list[float]]
+from reward.model_reward import ModelReward, Prompt, RewardError, quoted, shortened
+from reward.scaling import RunningScale
 
+__all__ = ["Prompt", "RewardError", "Rewards", "RunningScale", "Scores"]
 
-class RewardError(DataError):
-    """A reward that cannot be used: which function, for which prompt, what it gave."""
+RewardFunction = Callable[..., Any] | nn.Module | str | Path
+"""A function, a sequence-classification model with one label, or a folder or hub id of one."""
 
 
 @dataclass(frozen=True)
 class Scores:
-    """What the functions say of R replies."""
+    """Rewards of N completions."""
 
     totals: list[float]
-    """Weighted sums; a list of a token each counts with its sum."""
-    scalars: list[float]
-    """The part of the totals that came as one number a reply."""
+    """(N,) weighted sum of the functions; a list of numbers per token counts with its sum."""
     tokens: list[list[float]] | None
-    """The part that came token by token, weighted; None if no function gave lists."""
+    """Weighted reward of every token, as long as the completion; None where no function gave lists."""
+    scalars: list[float]
+    """(N,) the part of `totals` that functions gave as one number: the reward of the last token."""
     by_function: dict[str, list[float]]
-    """Unweighted, for the log."""
+    """(N,) for each function, without its weight."""
 
 
 class Rewards:
-    """Calls the reward functions and adds up what they say.
+    """Calls every reward function on the same completions and adds up what they return.
 
-    funcs                one or several: a Python function, a sequence-classification model with one label, or
-                         the path or hub id of such a model
-    processing_class     the policy's tokenizer
-    weights              one for each function; 1 if left out
-    processing_classes   tokenizers of the models, None for functions; left out, they are loaded beside them
+    `processing_class` is the policy's tokenizer; `processing_classes`, in the order of `funcs`, are those of
+    the reward models, None for what has none or lies beside the model. Weights are 1 unless given.
 
-    A model of the policy's own vocabulary and chat template reads the ids that were sampled, the stop token
-    included; another gets the text, rendered by its own template.
+    Raises RewardError, in one line, for what cannot be used: a model, a weight, what a function returned.
     """
 
     def __init__(
         self,
-        funcs: Any,
-        processing_class: Any,
+        funcs: RewardFunction | Sequence[RewardFunction],
+        processing_class: PreTrainedTokenizerBase,
         weights: Sequence[float] | None = None,
-        processing_classes: Any = None,
+        processing_classes: PreTrainedTokenizerBase | Sequence[PreTrainedTokenizerBase | None] | None = None,
     ):
-        given = list(funcs) if isinstance(funcs, list | tuple) else [funcs]
-        tokenizers = (
-            processing_classes if isinstance(processing_classes, list | tuple) else [processing_classes]
-        )
-        if processing_classes is None:
-            tokenizers = [None] * len(given)
-        for what, count in {"weights": weights, "processing classes": tokenizers}.items():
-            if count is not None and len(count) != len(given):
-                raise RewardError(f"{len(count)} {what} for {len(given)} reward functions: give one for each")
+        given = _as_list(funcs)
+        if not given:
+            raise RewardError("no reward function: give one at least")
+        self.names = _numbered([_name(function) for function in given])
         self.weights = [1.0] * len(given) if weights is None else list(weights)
-        self.calls: list[Callable[..., Values]] = []
-        self.models: list[Any] = []
-        """For each function its model, if it is one that reads the policy's tokens."""
-        for one, tokenizer in zip(given, tokenizers, strict=True):
-            call, model = _prepared(one, tokenizer, processing_class)
-            self.calls.append(call)
-            self.models.append(model)
-        self.names = _distinct([_name(one) for one in given])
+        tokenizers = [None] * len(given) if processing_classes is None else _as_list(processing_classes)
+        self._one_each("weights", self.weights)
+        self._one_each("processing_classes", tokenizers)
+        if not all(map(_is_finite, self.weights)):
+            raise RewardError(f"weights of the reward functions are finite numbers, not {self.weights}")
+        self.functions: list[Callable[..., Any]] = [
+            ModelReward(function, name, processing_class, tokenizer)
+            if isinstance(function, nn.Module | str | Path)
+            else function
+            for name, function, tokenizer in zip(self.names, given, tokenizers, strict=True)
+        ]
+        self.models = [f.model for f in self.functions if isinstance(f, ModelReward)]
+        """The reward models among the functions, in their order."""
 
     def __call__(
         self,
-        prompts: Sequence[Any],
+        prompts: Sequence[Prompt],
         completions: Sequence[str],
         prompt_ids: Sequence[list[int]],
         completion_ids: Sequence[list[int]],
-        columns: Mapping[str, Sequence[Any]],
+        columns: Mapping[str, Sequence[Any]] = {},
     ) -> Scores:
-        """RewardError where a function raises or gives what cannot be used."""
-        given = {**columns, "prompts": prompts, "completions": completions}
-        given |= {"prompt_ids": prompt_ids, "completion_ids": completion_ids}
-        scalars = [0.0] * len(completions)
-        tokens: list[list[float]] | None = None
-        by_function = {}
-        for name, call, weight in zip(self.names, self.calls, self.weights, strict=True):
-            found = _checked(name, _called(name, call, given), prompts, completion_ids)
-            if found and isinstance(found[0], list):
-                tokens = tokens or [[0.0] * len(ids) for ids in completion_ids]
-                tokens = [
-                    [a + weight * b for a, b in zip(*rows, strict=True)]
-                    for rows in zip(tokens, found, strict=True)
-                ]
-                by_function[name] = [math.fsum(row) for row in found]
-            else:
-                scalars = [a + weight * b for a, b in zip(scalars, found, strict=True)]  # type: ignore[operator]
-                by_function[name] = found  # type: ignore[assignment]
-        sums = [0.0] * len(scalars) if tokens is None else [math.fsum(row) for row in tokens]
-        totals = [a + b for a, b in zip(scalars, sums, strict=True)]
-        return Scores(totals, scalars, tokens, by_function)
+        """Score N completions: text, the ids that were sampled (stop token included), columns of the data."""
+        arguments: dict[str, Sequence[Any]] = {
+            "prompts": list(prompts),
+            "completions": list(completions),
+            "prompt_ids": list(prompt_ids),
+            "completion_ids": list(completion_ids),
+        }
+        _check_columns(columns, arguments)
+        arguments |= {name: list(values) for name, values in columns.items()}
+        lengths = [len(ids) for ids in completion_ids]
+        rows = [
+            _checked(name, _called(name, function, arguments), prompts, lengths)
+            for name, function in zip(self.names, self.functions, strict=True)
+        ]
+        return _added(self.names, self.weights, rows, lengths)
 
-
-class RunningScale:
-    """Mean and standard deviation of all values seen, to bring rewards to mean 0 and deviation 1.
-
-    Welford's update (Knuth, The Art of Computer Programming, volume 2, section 4.2.2).
-    """
-
-    def __init__(self) -> None:
-        self.count, self.mean, self.squares = 0, 0.0, 0.0
-
-    def update(self, values: Sequence[float]) -> None:
-        for value in values:
-            self.count += 1
-            before = value - self.mean
-            self.mean += before / self.count
-            self.squares += before * (value - self.mean)
-
-    def __call__(self, values: Sequence[float]) -> list[float]:
-        deviation = math.sqrt(self.squares / max(1, self.count))
-        return [(value - self.mean) / (deviation + 1e-8) for value in values]
-
-    def state_dict(self) -> dict[str, float]:
-        return dict(vars(self))
-
-    def load_state_dict(self, state: dict[str, float]) -> None:
-        vars(self).update(state)
-
-
-def _prepared(one: Any, tokenizer: Any, of_policy: Any) -> tuple[Callable[..., Values], Any]:
-    """(what to call, the model if it reads the policy's own tokens)."""
-    model = one
-    if isinstance(one, str | Path):
-        model, own = load_reward(one)
-        tokenizer = tokenizer or own
-    elif not hasattr(one, "config"):
-        if not callable(one):
-            raise RewardError(f"reward function {one!r}: give a function, a model, or the path of a model")
-        return _accepted(one), None
-    if getattr(model.config, "num_labels", 1) != 1:
-        raise RewardError(f"reward model {_name(one)} has {model.config.num_labels} labels: give one with 1")
-    tokenizer = tokenizer or load_tokenizer(model.name_or_path)[0]
-    model = model.requires_grad_(False).eval()
-    if same_vocabulary(tokenizer, of_policy):
-        return lambda prompt_ids, completion_ids, **_: _of_ids(model, prompt_ids, completion_ids), model
-    return lambda prompts, completions, **_: _of_text(model, tokenizer, prompts, completions), None
-
-
-def _accepted(function: Any) -> Callable[..., Values]:
-    """The function, called with no other keywords than it takes."""
-    parameters = inspect.signature(function).parameters.values()
-    if any(p.kind is p.VAR_KEYWORD for p in parameters):
-        return function  # type: ignore[no-any-return]
-    names = {p.name for p in parameters}
-    return lambda **given: function(**{name: value for name, value in given.items() if name in names})
-
-
-def _of_ids(model: Any, prompts: Sequence[list[int]], replies: Sequence[list[int]]) -> list[float]:
-    examples = [Example(prompt, (reply,)) for prompt, reply in zip(prompts, replies, strict=True)]
-    return [score for (score,) in rewards(model, examples)]
-
-
-def _of_text(model: Any, tokenizer: Any, prompts: Sequence[Any], replies: Sequence[str]) -> list[float]:
-    texts = [
-        [Message(role="user", content=p)] if isinstance(p, str) else [_message(m) for m in p] for p in prompts
-    ]
-    ids = [ids_of_prompt(tokenizer, messages) for messages in texts]
-    return _of_ids(model, ids, [ids_of_completion(tokenizer, reply) for reply in replies])
-
-
-def _message(given: Any) -> Message:
-    return given if isinstance(given, Message) else Message(role=given["role"], content=given["content"])
-
-
-def _called(name: str, call: Callable[..., Values], given: Mapping[str, Any]) -> Any:
-    try:
-        return call(**given)
-    except Exception as error:  # of any kind: the function is the user's
-        reason = " ".join(f"{type(error).__name__}: {error}".split())
-        count = len(given["completions"])
-        raise RewardError(f"reward function {name} failed on {count} replies: {reason}") from error
-
-
-def _checked(name: str, found: Any, prompts: Sequence[Any], replies: Sequence[list[int]]) -> Values:
-    found = found.tolist() if hasattr(found, "tolist") else found
-    if not isinstance(found, Sequence) or len(found) != len(replies):
-        count = len(found) if isinstance(found, Sequence) else repr(found)
-        raise RewardError(
-            f"reward function {name} returned {count} for {len(replies)} replies: one is due for each"
-        )
-    lists = [isinstance(value, Sequence) and not isinstance(value, str) for value in found]
-    if any(lists) and not all(lists):
-        at = lists.index(not lists[0])
-        _refuse(name, prompts[at], found[at], "numbers and lists cannot be mixed")
-    for value, prompt, ids in zip(found, prompts, replies, strict=True):
-        if lists[0] and len(value) != len(ids):
-            _refuse(
-                name, prompt, f"{len(value)} numbers", f"the reply has {len(ids)} tokens: one is due for each"
+    def _one_each(self, what: str, values: Sequence[Any]) -> None:
+        if len(values) != len(self.names):
+            raise RewardError(
+                f"{len(values)} {what} for {len(self.names)} reward functions "
+                f"({', '.join(self.names)}): give one for each"
             )
-        for number in value if lists[0] else [value]:
-            if not isinstance(number, int | float) or not math.isfinite(number):
-                _refuse(name, prompt, number, "a finite number is due")
-    return [[float(x) for x in v] for v in found] if any(lists) else [float(v) for v in found]
 
 
-def _refuse(name: str, prompt: Any, value: Any, why: str) -> None:
-    text = prompt if isinstance(prompt, str) else _message(prompt[-1]).content
-    short = text if len(text) <= 80 else text[:80] + " ..."
-    raise RewardError(f"reward function {name} gave {value!r} for the prompt {short!r}: {why}")
+@dataclass(frozen=True)
+class _Returned:
+    """What a function returned, for each completion in a list: one number, or one for each token."""
+
+    rows: list[list[float]]
+    per_token: bool
 
 
-def _name(one: Any) -> str:
-    if isinstance(one, str | Path):
-        return Path(one).name
-    if hasattr(one, "config"):
-        return Path(getattr(one, "name_or_path", "")).name or type(one).__name__
-    return str(getattr(one, "__name__", type(one).__name__))
+def _added(
+    names: Sequence[str], weights: Sequence[float], found: Sequence[_Returned], lengths: Sequence[int]
+) -> Scores:
+    scalars = [0.0] * len(lengths)
+    tokens = [[0.0] * length for length in lengths]
+    for weight, returned in zip(weights, found, strict=True):
+        for i, row in enumerate(returned.rows):
+            if returned.per_token:
+                tokens[i] = [sofar + weight * value for sofar, value in zip(tokens[i], row, strict=True)]
+            else:
+                scalars[i] += weight * row[0]
+    return Scores(
+        totals=[scalar + sum(row) for scalar, row in zip(scalars, tokens, strict=True)],
+        tokens=tokens if any(returned.per_token for returned in found) else None,
+        scalars=scalars,
+        by_function={n: [sum(row) for row in f.rows] for n, f in zip(names, found, strict=True)},
+    )
 
 
-def _distinct(names: list[str]) -> list[str]:
-    counts, seen = Counter(names), Counter[str]()
-    made = []
+def _called(name: str, function: Callable[..., Any], arguments: Mapping[str, Any]) -> Any:
+    """What the function returns when it is given those of the arguments that it takes."""
+    taken = _taken(name, function, arguments)
+    if isinstance(function, ModelReward):
+        return function(**taken)
+    try:
+        return function(**taken)
+    except Exception as error:
+        frames = extract_tb(error.__traceback__)[1:2]  # where in the function, not below it
+        where = "".join(f" in line {frame.lineno} of {Path(frame.filename).name}" for frame in frames)
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise RewardError(
+            f"reward function {name}: raised {reason}{where}, when called with {len(arguments['prompts'])} "
+            "prompts; mend it or leave it out"
+        ) from error
+
+
+def _taken(name: str, function: Callable[..., Any], arguments: Mapping[str, Any]) -> dict[str, Any]:
+    try:
+        parameters = inspect.signature(function).parameters.values()
+    except (TypeError, ValueError):  # some of those written in C do not tell
+        return dict(arguments)
+    required = {
+        p.name for p in parameters if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
+    }
+    if missing := sorted(required - arguments.keys()):
+        raise RewardError(
+            f"reward function {name}: takes `{missing[0]}`, which is no column of the data; "
+            f"there are: {', '.join(arguments)}"
+        )
+    if any(p.kind is p.VAR_KEYWORD for p in parameters):
+        return dict(arguments)
+    return {p.name: arguments[p.name] for p in parameters if p.name in arguments}
+
+
+def _check_columns(columns: Mapping[str, Sequence[Any]], arguments: Mapping[str, Sequence[Any]]) -> None:
+    count = len(arguments["prompts"])
+    for name, values in columns.items():
+        if name in arguments:
+            raise RewardError(f"column `{name}` has the name of what reward functions are given: rename it")
+        if len(values) != count:
+            raise RewardError(
+                f"column `{name}` has {len(values)} values for {count} prompts: give one for each"
+            )
+
+
+def _checked(name: str, returned: Any, prompts: Sequence[Prompt], lengths: Sequence[int]) -> _Returned:
+    """The numbers that a function returned, or the first thing that is wrong with them."""
+    values = _plain(returned)
+    if not isinstance(values, list):
+        raise RewardError(
+            f"reward function {name}: returned {shortened(repr(returned))}; return a list with a number, or "
+            f"a list of numbers, for each of the {len(prompts)} completions"
+        )
+    if len(values) != len(prompts):
+        raise RewardError(
+            f"reward function {name}: returned {len(values)} rewards for {len(prompts)} completions "
+            f"(first prompt {quoted(prompts[0] if prompts else '')}); return one for each"
+        )
+    values = [_plain(value) for value in values]
+    per_token = bool(values) and isinstance(values[0], list)
+    rows = []
+    for prompt, value, length in zip(prompts, values, lengths, strict=True):
+        row = [_plain(number) for number in value] if isinstance(value, list) else [value]
+        if wrong := _fault(value, row, per_token, length):
+            raise RewardError(f"reward function {name}, prompt {quoted(prompt)}: returned {wrong}")
+        rows.append([float(number) for number in row])
+    return _Returned(rows, per_token)
+
+
+def _fault(value: Any, row: list[Any], per_token: bool, length: int) -> str | None:
+    """What is wrong with the reward of one completion, and what to do."""
+    for at, number in enumerate(row):
+        if not _is_finite(number):
+            where = f" for token {at}" if isinstance(value, list) else ""
+            return f"{shortened(repr(number))}{where}; return a finite number"
+    if isinstance(value, list) != per_token:
+        one, other = ("a list", "numbers") if isinstance(value, list) else ("a number", "lists")
+        return (
+            f"{one}, {shortened(repr(value))}, and {other} before; return the same kind for all completions"
+        )
+    if per_token and len(row) != length:
+        return (
+            f"{len(row)} numbers, {shortened(repr(value))}, for a completion of {length} tokens; return one "
+            "for each of its completion_ids, or a number alone"
+        )
+    return None
+
+
+def _is_finite(number: Any) -> bool:
+    return isinstance(number, Real) and -math.inf < float(number) < math.inf  # false for NaN
+
+
+def _plain(value: Any) -> Any:
+    """Lists and numbers of Python, also where they were arrays or tensors."""
+    value = value.tolist() if hasattr(value, "tolist") else value
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _as_list(value: Any) -> list[Any]:
+    return list(value) if isinstance(value, list | tuple) else [value]
+
+
+def _name(function: RewardFunction) -> str:
+    while isinstance(function, partial):
+        function = function.func
+    if isinstance(function, nn.Module):
+        function = getattr(getattr(function, "config", None), "_name_or_path", "") or type(function).__name__
+    if isinstance(function, str | Path):
+        return Path(function).name
+    return str(getattr(function, "__name__", type(function).__name__))
+
+
+def _numbered(names: Sequence[str]) -> list[str]:
+    """The second and later ones of the same name get a number behind it."""
+    made: list[str] = []
     for name in names:
-        seen[name] += 1
-        made.append(f"{name}-{seen[name]}" if counts[name] > 1 else name)
+        number, unique = 1, name
+        while unique in made:
+            number += 1
+            unique = f"{name}_{number}"
+        made.append(unique)
     return made

@@ -44,6 +44,8 @@ def load_tokenizer(path: str | Path) -> tuple[PreTrainedTokenizerBase, list[str]
     the model would never learn to stop.
     """
     tokenizer = _load(AutoTokenizer, path)
+    if not tokenizer("a")["input_ids"]:  # of some families transformers makes one out of no files at all
+        raise CheckpointError(f"{path}: the tokenizer has no vocabulary; save it beside the model")
     notes = []
     if tokenizer.eos_token_id is None:
         tokenizer.eos_token = _stop_token(path, tokenizer)
@@ -79,14 +81,16 @@ def new_reward_model(path: str | Path) -> tuple[Any, PreTrainedTokenizerBase]:
     return _fit(model, tokenizer, path), tokenizer
 
 
-def load_reward(path: str | Path) -> tuple[Any, PreTrainedTokenizerBase]:
-    """(sequence-classification model with one label, its tokenizer)."""
+def load_reward(
+    path: str | Path, tokenizer: PreTrainedTokenizerBase | None = None
+) -> tuple[Any, PreTrainedTokenizerBase]:
+    """(sequence-classification model, its tokenizer, which may be given where none lies beside it)."""
     architectures = _load(AutoConfig, path).architectures or [""]
     if not architectures[0].endswith("ForSequenceClassification"):
         raise CheckpointError(
             f"{path} is a {architectures[0]}, not a reward model: give the model of an rm run"
         )
-    tokenizer, _ = load_tokenizer(path)
+    tokenizer = tokenizer or load_tokenizer(path)[0]
     return _fit(
         _load(AutoModelForSequenceClassification, path, dtype=torch.float32), tokenizer, path
     ), tokenizer
@@ -134,7 +138,7 @@ def _load(cls: Any, path: str | Path, **options: Any) -> Any:
 def _fit(model: Any, tokenizer: PreTrainedTokenizerBase, path: str | Path) -> Any:
     """Make the embedding as large as the vocabulary, tell the model its special tokens, and move it."""
     rows = model.get_input_embeddings().weight.shape[0]
-    added = sum(tokenizer.get_vocab()[t] >= rows for t in (tokenizer.pad_token, tokenizer.eos_token))
+    added = sum(tokenizer.get_vocab()[t] >= rows for t in (tokenizer.pad_token, tokenizer.eos_token) if t)
     if len(tokenizer) > rows + added:
         raise CheckpointError(
             f"{path}: the tokenizer has {len(tokenizer)} tokens and the model {rows} embeddings; "

@@ -27,8 +27,10 @@ def choose(model: Any, examples: Sequence[Example]) -> Path:
     several = any(len(example.completions) > 1 for example in tried)
     training = model.training
     model.eval()
-    shares, why = _try(lambda: _shared_error(model, tried)) if several else (False, "one completion a prompt")
-    chunks, why_not = _try(lambda: _head_error(model, tried))
+    shares, why = False, "one completion a prompt"
+    if several:
+        shares, why = attempt(lambda: _shared_error(model, tried))
+    chunks, why_not = attempt(lambda: _head_error(model, tried))
     model.train(training)
     path = Path(shares, chunks, f"{why}; {why_not}")
     model.path = path
@@ -40,12 +42,12 @@ def describe(path: Path) -> str:
     return f"{rows} ({path.why.split('; ')[0]})"
 
 
-def _try(error: Any) -> tuple[bool, str]:
+def attempt(error: Any) -> tuple[bool, str]:
     """Is the shortcut exact? A model that refuses it altogether is as good a no as a difference."""
     try:
         with torch.no_grad():
             found, allowed = error()
-    except (TypeError, ValueError, RuntimeError, AttributeError, IndexError, NotImplementedError) as refused:
+    except (TypeError, ValueError, RuntimeError, AttributeError, LookupError, NotImplementedError) as refused:
         return False, f"refused: {str(refused).splitlines()[0] if str(refused) else type(refused).__name__}"
     return found <= allowed, f"differs by {found:.1e}, allowed {allowed:.1e}"
 
@@ -54,7 +56,7 @@ def _shared_error(model: Any, examples: Sequence[Example]) -> tuple[float, float
     plain, shared = (
         Batch.of(examples, pad_id(model), device_of(model), shared=shared) for shared in (False, True)
     )
-    return _difference(*(_states(model, batch) for batch in (plain, shared)))
+    return difference(*(_states(model, batch) for batch in (plain, shared)))
 
 
 def _head_error(model: Any, examples: Sequence[Example]) -> tuple[float, float]:
@@ -65,7 +67,7 @@ def _head_error(model: Any, examples: Sequence[Example]) -> tuple[float, float]:
     batch = Batch.of(examples[-1:], pad_id(model), device_of(model))
     logits = model(**inputs(model, batch), logits_to_keep=batch.predicts).logits
     hidden = trunk(model)(**inputs(model, batch)).last_hidden_state[batch.predicts]
-    return _difference(logits, head(hidden))
+    return difference(logits, head(hidden))
 
 
 def _states(model: Any, batch: Batch) -> Tensor:
@@ -74,7 +76,7 @@ def _states(model: Any, batch: Batch) -> Tensor:
     return states
 
 
-def _difference(a: Tensor, b: Tensor) -> tuple[float, float]:
+def difference(a: Tensor, b: Tensor) -> tuple[float, float]:
     """(largest absolute difference in standard deviations, what is allowed)."""
     scale = float(a.float().std()) or 1.0
     return float((a - b).abs().max()) / scale, TOLERANCE[a.dtype]

@@ -1,11 +1,10 @@
-"""Training of the last layers alone: what the frozen layers below say is computed once and used again.
+"""Training the last layers of a language model alone, with the states that enter them computed once.
 
-The lower layers are swapped for stubs that hand on the states computed before; masks, positions and the
-scaling of embeddings happen outside of the layers, so this holds for the decoders of transformers at large.
+PPO passes over the same tokens for the reference, the old log-probabilities and values, and in every epoch:
+what frozen layers give is kept from one pass, and the reference needs a copy of the trained layers only.
 """
 
 import copy
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -14,120 +13,136 @@ import torch
 from torch import Tensor, nn
 
 from annotate.records import DataError
-from reward.batch import Batch
-from reward.tokens import inputs, trunk
+from reward.batch import Batch, Example
+from reward.paths import attempt, difference
+from reward.tokens import device_of, inputs, trunk
 
 
 class Prefix:
-    """The frozen lower layers of a causal language model, and the last ones as they were at the start.
+    """The frozen lower layers of a causal LM, and a frozen copy of the layers above them as at the start.
 
-    `train_layers`: "last:k" leaves the last k layers and the norm behind them to be trained; embeddings, head
-    and all layers below are frozen. DataError for a text or number that means nothing.
+    `train_layers` is `last:k`. What trains is what trained before among the top k layers and what the trunk
+    calls behind them, its final norm; of a model with adapters, the adapters there; and any value head.
+    Make it when the model is on its device, before weights of an interrupted training are loaded.
+    Raises DataError unless 1 <= k < layers and the model allows it.
     """
 
     def __init__(self, model: Any, train_layers: str):
-        self.model, self.layers = model, _layers(trunk(model))
-        found = re.fullmatch(r"last:(\d+)", train_layers)
-        count = int(found[1]) if found else 0
-        if not 1 <= count < len(self.layers):
-            raise DataError(
-                f"train_layers: last:k with k from 1 to {len(self.layers) - 1} of the model's "
-                f"{len(self.layers)} layers, not {train_layers!r}"
-            )
-        self.first = len(self.layers) - count
-        model.requires_grad_(False)
-        self.trained = {name: part for name, part in trunk(model).named_children() if _is_norm(name, part)}
-        for part in [*self.layers[self.first :], *self.trained.values()]:
-            part.requires_grad_(True)
-        self.copies = copy.deepcopy(list(self.layers[self.first :])), copy.deepcopy(self.trained)
-        for part in [*self.copies[0], *self.copies[1].values()]:
-            part.requires_grad_(False)
+        self.model, self._trunk = model, trunk(model)
+        path, layers = _layers(model)
+        word, _, k = train_layers.partition(":")
+        if word != "last" or not k.isdecimal() or not 1 <= int(k) < len(layers):
+            raise DataError(f"train_layers: {train_layers!r}; give last:k with k from 1 to {len(layers) - 1}")
+        self._k = int(k)
+        parent, _, self._name = path.rpartition(".")
+        self._owner = self._trunk.get_submodule(parent)
+        norms = _behind(model, self._owner, layers[-1])
+        top = nn.ModuleList([*layers[-self._k :], *norms.values()])
+        trained = {id(p) for p in top.parameters()}
+        if any(id(p) in trained for p in layers[: -self._k].parameters()):
+            raise _cannot(model, "they share weights with others")
+        for p in (*self._trunk.parameters(), *model.get_output_embeddings().parameters()):
+            p.requires_grad_(p.requires_grad and id(p) in trained)
+        copies = list(copy.deepcopy(top).requires_grad_(False).eval())
+        self._copies, self._norms = copies[: self._k], dict(zip(norms, copies[self._k :], strict=True))
 
     @torch.no_grad()
     def states(self, batch: Batch) -> Tensor:
-        """(R, T, d) hidden states that enter the first trained layer."""
-        found: list[Tensor] = []
-        kept = self.layers[self.first]
-        self.layers[self.first] = _Catch(kept, found)
-        try:
-            trunk(self.model)(**inputs(self.model, batch))
-        except _Caught:
-            pass
-        finally:
-            self.layers[self.first] = kept
-        return found[0]
+        """(R, T, d) hidden states entering the first trained layer; neither it nor a layer above is run."""
+        lower, top = self._split()
+        stubs = [_HandOn(layer) for layer in top]
+        with self._swapped([*lower, *stubs], {name: nn.Identity() for name in self._norms}):
+            return self._last(batch)  # type: ignore[no-any-return]
 
     @contextmanager
     def given(self, states: Tensor) -> Iterator[None]:
-        """Inside, a forward on a batch of this shape starts from these states."""
-        kept = list(self.layers[: self.first])
-        for i, layer in enumerate(kept):
-            self.layers[i] = _Given(layer, states if i == self.first - 1 else None)
-        try:
+        """Inside, the model's forward pass on a batch (R, T) starts from its states (R, T, d)."""
+        lower, top = self._split()
+        stubs = [_HandOn(layer, states) for layer in lower]
+        with self._swapped([*stubs, *top], {}):
             yield
-        finally:
-            for i, layer in enumerate(kept):
-                self.layers[i] = layer
 
     @contextmanager
     def reference(self) -> Iterator[None]:
-        """Inside, the trained parts are as they were at the start."""
-        kept = list(self.layers[self.first :])
-        self._put(*self.copies)
+        """Inside, the copies stand for the trained layers and the final norm; goes together with `given`."""
+        with self._swapped([*self._split()[0], *self._copies], self._norms):
+            yield
+
+    def check(self, batch: Batch) -> None:
+        """Compare a pass from kept states with a plain one, once, on long rows; raises DataError."""
+
+        def error() -> tuple[float, float]:
+            plain = self._last(batch)
+            with self.given(self.states(batch)):
+                return difference(plain[batch.segments > 0], self._last(batch)[batch.segments > 0])
+
+        exact, why = attempt(error)
+        if not exact:
+            raise _cannot(self.model, f"they need more than the states below, {why}")
+
+    def _split(self) -> tuple[list[nn.Module], list[nn.Module]]:
+        """The lower and the top layers as they stand now."""
+        layers = list(getattr(self._owner, self._name))
+        return layers[: -self._k], layers[-self._k :]
+
+    def _last(self, batch: Batch) -> Any:
+        return self._trunk(**inputs(self.model, batch)).last_hidden_state
+
+    @contextmanager
+    def _swapped(self, layers: list[nn.Module], others: dict[str, Any]) -> Iterator[None]:
+        modules = {self._name: nn.ModuleList(layers)} | others
+        kept = dict(self._owner._modules)
         try:
+            self._owner._modules.update(modules)
             yield
         finally:
-            self._put(kept, self.trained)
-
-    def _put(self, layers: list[nn.Module], norms: dict[str, nn.Module]) -> None:
-        for i, layer in enumerate(layers, self.first):
-            self.layers[i] = layer
-        for name, part in norms.items():
-            setattr(trunk(self.model), name, part)
+            self._owner._modules.update(kept)
 
 
-class _Stub(nn.Module):
-    """In the place of a layer, for a model that asks the layer what kind it is."""
+def rows(states: Tensor, batch: Batch) -> list[Tensor]:
+    """(T_i, d) of each row, no padding; `pad_sequence(..., batch_first=True)` makes any group (R, T, d)."""
+    return [row[:length] for row, length in zip(states, (batch.segments > 0).sum(1).tolist(), strict=True)]
 
-    def __init__(self, layer: nn.Module):
+
+class _HandOn(nn.Module):
+    """Stands in a layer's place and returns `states`, or else what enters."""
+
+    def __init__(self, layer: nn.Module, states: Tensor | None = None):
         super().__init__()
-        self.__dict__["layer"] = layer  # not a submodule: parameters keep their names
+        self.__dict__.update(layer=layer, states=states)  # the layer not as a submodule: it takes no part
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self.__dict__["layer"], name)
+        return getattr(self.__dict__["layer"], name)  # whatever the trunk's loop reads of its layers
+
+    def forward(self, hidden_states: Tensor, *_: Any, **__: Any) -> Tensor:
+        states = hidden_states if self.states is None else self.states
+        if states.shape != hidden_states.shape:
+            raise ValueError(f"states of {tuple(states.shape)}, batch of {tuple(hidden_states.shape)}")
+        return states
 
 
-class _Given(_Stub):
-    def __init__(self, layer: nn.Module, states: Tensor | None):
-        super().__init__(layer)
-        self.__dict__["states"] = states
-
-    def forward(self, hidden: Tensor, *_: Any, **__: Any) -> Tensor:
-        states = self.__dict__["states"]
-        return hidden if states is None else states
-
-
-class _Catch(_Stub):
-    def __init__(self, layer: nn.Module, found: list[Tensor]):
-        super().__init__(layer)
-        self.__dict__["found"] = found
-
-    def forward(self, hidden: Tensor, *_: Any, **__: Any) -> Tensor:
-        self.__dict__["found"].append(hidden)
-        raise _Caught
+def _layers(model: Any) -> tuple[str, Any]:
+    """Name and list of the trunk's layers; outer lists come first, so no list of experts is taken for it."""
+    count = model.config.get_text_config().num_hidden_layers
+    for name, module in trunk(model).named_modules():
+        if isinstance(module, nn.ModuleList) and len(module) == count:
+            return name, module
+    raise _cannot(model, f"found no list of its {count} layers")
 
 
-class _Caught(Exception):
-    """The states are known; the layers above need not run."""
+@torch.no_grad()
+def _behind(model: Any, owner: nn.Module, last: nn.Module) -> dict[str, nn.Module]:
+    """What the trunk calls behind its last layer, found by a pass: registration has another order."""
+    called: list[str] = []
+    hooks = [last.register_forward_hook(lambda *_: called.clear())]
+    for name, child in owner.named_children():
+        hooks.append(child.register_forward_pre_hook(lambda *_, name=name: called.append(name)))
+    trunk(model)(**inputs(model, Batch.of([Example([0, 0], ([0],))], 0, device_of(model))))
+    for hook in hooks:
+        hook.remove()
+    return {name: owner.get_submodule(name) for name in called}
 
 
-def _layers(model: nn.Module) -> nn.ModuleList:
-    lists = [part for part in model.modules() if isinstance(part, nn.ModuleList)]
-    if not lists:
-        raise DataError(f"train_layers: {type(model).__name__} has no list of layers")
-    return max(lists, key=len)
-
-
-def _is_norm(name: str, part: nn.Module) -> bool:
-    """The norm behind the last layer, under the names that transformers gives it."""
-    return isinstance(part, nn.Module) and ("norm" in name or name == "ln_f")
+def _cannot(model: Any, why: str) -> DataError:
+    name = type(trunk(model)).__name__
+    return DataError(f"train_layers: {name} cannot train its last layers alone ({why}); leave it out")

@@ -63,6 +63,7 @@ class Reference:
 
     def __init__(self, model: Any, ref_model: Any, args: PPOConfig):
         self.policy, self.prefix, self.model = model, None, None
+        self.checked = False
         self.adapter = args.ref_adapter_name
         adapted = hasattr(model, "disable_adapter")
         if self.adapter is not None and not (adapted and self.adapter in model.peft_config):
@@ -98,6 +99,9 @@ class Reference:
         self.policy.eval()
         for group in micro_batches(examples, token_budget(self.policy)):
             batch = batch_of(self.policy, [examples[i] for i in group])
+            if not self.checked:
+                prefix.check(batch)
+                self.checked = True
             entering = prefix.states(batch)
             with prefix.reference(), prefix.given(entering):
                 found, _ = forward(self.policy, batch, temperature)
@@ -144,7 +148,7 @@ def add_value(model: Any, value_model: Any, rewards: Any, args: PPOConfig) -> No
 
 
 def _only_model(rewards: Any) -> Any:
-    found = [model for model in rewards.models if model is not None]
+    found = [f.model for f in rewards.functions if getattr(f, "reads_ids", False)]
     if len(found) != 1:
         raise UserError(
             f"value_init=reward needs one reward model of the policy's tokenizer, not {len(found)}: give "

@@ -1,5 +1,6 @@
 """Rollouts: replies sampled from the present policy, and what an update needs to know of them."""
 
+import math
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
@@ -12,7 +13,7 @@ from pydantic import BaseModel
 from torch import Tensor
 
 from reward.batch import Example
-from reward.functions import Scores
+from reward.functions import RunningScale, Scores
 from reward.sampler import Sample, Sampler
 from reward.tokens import logprobs_and_values, values
 from stages.ppo_config import PPOConfig
@@ -156,10 +157,16 @@ def experience(
     ]
 
 
-def final_scores(replies: Replies, scores: Scores, scaled: Sequence[float], args: PPOConfig) -> list[float]:
-    """Scores after clipping and the rule for replies that did not stop."""
-    clip = args.reward_clip
-    kept = list(scaled) if clip is None else [min(clip, max(-clip, score)) for score in scaled]
+def scaled(scores: Scores, scale: RunningScale) -> Scores:
+    """Scores whose totals have mean 0 and deviation 1: the mean is taken off each reply's last token."""
+    tokens = scores.tokens and [[value / scale.std for value in row] for row in scores.tokens]
+    return replace(scores, scalars=scale(scores.scalars), tokens=tokens)
+
+
+def final_scores(replies: Replies, scores: Scores, args: PPOConfig) -> list[float]:
+    """The scalar part of the scores after clipping and the rule for replies that did not stop."""
+    clip = math.inf if args.reward_clip is None else args.reward_clip
+    kept = [min(clip, max(-clip, score)) for score in scores.scalars]
     stopped = [sample.stopped for sample in replies.samples]
     return missing_eos(kept, stopped, args.missing_eos_penalty, args.missing_eos_mode)
 

@@ -28,7 +28,17 @@ from stages.ppo_config import PPOConfig as PPOConfig
 from stages.ppo_math import adapted_kl_coef
 from stages.ppo_models import Prompts, Reference, add_value, policy, value_parameters, without_value
 from stages.ppo_objective import PPO, Experience
-from stages.ppo_rollout import Actor, Clock, Replies, Rollout, experience, final_scores, rollout_rows, summary
+from stages.ppo_rollout import (
+    Actor,
+    Clock,
+    Replies,
+    Rollout,
+    experience,
+    final_scores,
+    rollout_rows,
+    scaled,
+    summary,
+)
 
 STATE = "ppo.pt"
 """In a checkpoint: what the files of the Trainer do not hold."""
@@ -145,12 +155,12 @@ class PPOTrainer(Engine):
                     stop = stop or (limit is not None and objective.kl > limit)
 
     def _experience(self, replies: Replies, scores: Scores) -> list[Experience]:
-        totals = scores.scalars
+        used = scores
         if self.args.scale_rewards:
-            self.scale.update(totals)
-            totals = self.scale(totals)
-        finals = final_scores(replies, scores, totals, self.args)
-        found = experience(replies, scores, finals, self.args, self.kl_coef)
+            self.scale.update(scores.totals)
+            used = scaled(scores, self.scale)
+        finals = final_scores(replies, used, self.args)
+        found = experience(replies, used, finals, self.args, self.kl_coef)
         rows = rollout_rows(replies, scores, self.prompts.ids, self.done + 1)
         self.keep(rows)
         self.steps.metrics = self._metrics(replies, scores, rows) | {"kl_coef": self.kl_coef}

@@ -140,6 +140,16 @@ def test_a_folder_without_any_stop_token_is_refused(tmp_path):
         load_policy(folder)
 
 
+@pytest.mark.parametrize("family", ["gpt2", "qwen2", "llama"])
+def test_a_folder_without_tokenizer_is_refused(family, tmp_path):
+    """Of the first two, transformers would make a tokenizer without vocabulary, and say nothing."""
+    tiny.model_of(family, tiny.tokenizer_of()).save_pretrained(tmp_path)
+    with pytest.raises(
+        CheckpointError, match=r"no vocabulary; save it beside|cannot be loaded as AutoTokenizer"
+    ):
+        load_policy(tmp_path)
+
+
 def test_vocabularies_are_compared_with_their_chat_templates(folders):
     one, other = load_tokenizer(folders["llama"])[0], load_tokenizer(folders["no_template"])[0]
     assert same_vocabulary(one, load_tokenizer(folders["eos_is_1"])[0])

@@ -8,7 +8,16 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stages.ppo_math import gae, missing_eos, policy_loss, token_rewards, value_loss, whiten
+from stages.ppo_math import (
+    adapted_kl_coef,
+    gae,
+    importance_weights,
+    missing_eos,
+    policy_loss,
+    token_rewards,
+    value_loss,
+    whiten,
+)
 
 
 def loop(rewards, values, mask, gamma, lam):
@@ -138,3 +147,43 @@ def test_k1_in_the_reward_has_the_gradient_of_the_kl():
     k1 = (logp - reference).detach()[drawn]
     estimate = torch.autograd.grad((k1 * logp[drawn]).mean(), logits)[0]
     assert torch.cosine_similarity(exact, estimate, dim=0) > 0.99
+
+
+def test_dual_clip_bounds_the_loss_of_a_negative_advantage():
+    old, advantages = torch.zeros(1, 2), torch.tensor([[-1.0, 1.0]])
+    logps = torch.tensor([[math.log(10.0), math.log(10.0)]])
+    assert policy_loss(logps, old, advantages, 0.2)[0].tolist()[0] == pytest.approx([10.0, -1.2])
+    assert policy_loss(logps, old, advantages, 0.2, dual_clip=3.0)[0].tolist()[0] == pytest.approx(
+        [3.0, -1.2]
+    )
+
+
+def test_the_ratio_may_rise_further_than_it_falls():
+    old, advantages = torch.zeros(1, 2), torch.tensor([[1.0, -1.0]])
+    logps = torch.tensor([[math.log(1.5), math.log(0.5)]])
+    loss = policy_loss(logps, old, advantages, 0.2, cliprange_high=0.28)[0]
+    assert loss.tolist()[0] == pytest.approx([-1.28, 0.8])
+
+
+def test_importance_weights_by_hand():
+    trained, sampled = torch.log(torch.tensor([[1.0, 3.0, 0.4]])), torch.zeros(1, 3)
+    assert importance_weights(trained, sampled, None, 2.0).tolist() == [[1, 1, 1]]
+    assert importance_weights(trained, sampled, "tis", 2.0).tolist()[0] == pytest.approx([1, 2, 0.4])
+    assert importance_weights(trained, sampled, "mask", 2.0).tolist()[0] == pytest.approx([1, 0, 0])
+
+
+@pytest.mark.parametrize(
+    ("kl", "expected"), [(6.0, 0.1), (12.0, 0.1 * (1 + 0.2 * 0.01)), (5.4, 0.1 * (1 - 0.1 * 0.01))]
+)
+def test_the_price_of_kl_is_steered_as_by_ziegler(kl, expected):
+    assert adapted_kl_coef(0.1, kl, 6.0, 100, 10_000) == pytest.approx(expected)
+
+
+def test_kl_clip_and_rewards_whitened_around_their_mean():
+    kl, mask = torch.tensor([[50.0, -50.0]]), torch.ones(1, 2, dtype=torch.bool)
+    assert token_rewards(torch.tensor([1.0]), kl, mask, 0.1, kl_clip=10.0).tolist() == [[-1.0, 2.0]]
+    values = torch.tensor([[1.0, 3.0, 8.0]])
+    kept = whiten(values, torch.ones(1, 3, dtype=torch.bool), keep_mean=True)
+    assert kept.mean().item() == pytest.approx(4.0) and kept.std(correction=0).item() == pytest.approx(
+        1, abs=1e-5
+    )

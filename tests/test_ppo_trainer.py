@@ -240,6 +240,21 @@ def test_kl_is_steered_to_its_target(tmp_path):
     assert [line["kl_coef"] for line in low[3::4]] == pytest.approx([0.1 * 0.96**i for i in range(3)])
 
 
+def test_scores_are_brought_to_mean_0_and_deviation_1(tmp_path):
+    """Those of single tokens with their reply's sum; the log keeps the raw score."""
+
+    def hundreds(completion_ids):
+        return [[100.0 + i] + [0.0] * (len(ids) - 1) for i, ids in enumerate(completion_ids)]
+
+    args = {"lam": 1.0, "kl_coef": 0.0, "missing_eos_penalty": None, "scale_rewards": True}
+    trainer = setting(tmp_path, hundreds, **args)
+    replies = trainer.rollout()
+    returns = torch.tensor([e.returns[0] for e in trainer._experience(replies, trainer.score(replies))])
+    assert returns.mean().item() == pytest.approx(0, abs=1e-4)
+    assert returns.std(correction=0).item() == pytest.approx(1, abs=1e-3)
+    assert trainer.steps.metrics["reward"] == pytest.approx(103.5)
+
+
 class Interrupt(TrainerCallback):
     """As if killed once a step is saved."""
 
