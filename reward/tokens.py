@@ -58,8 +58,8 @@ def forward(model: nn.Module, batch: Batch, temperature: float = 1.0) -> tuple[T
     value_head = getattr(model, "value_head", None)
     if path.chunks and batch.targets.numel() * vocabulary > LARGE:
         states = trunk(model)(**inputs(model, batch)).last_hidden_state[batch.predicts]
-        weight = model.get_output_embeddings().weight  # type: ignore[operator]
-        logps = head_logprobs(states, weight, batch.targets, temperature)
+        head: Any = model.get_output_embeddings()  # type: ignore[operator]
+        logps = head_logprobs(states, head.weight, batch.targets, temperature, head.bias)
     else:
         with HeadInput(model, wanted=value_head is not None) as hidden:
             logits = model(**inputs(model, batch), logits_to_keep=batch.predicts).logits

@@ -75,17 +75,19 @@ def test_shared_rows_and_chunks_give_the_gradient_of_plain_rows(folder, attentio
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
-def test_chunked_head_is_log_softmax(monkeypatch, temperature):
+@pytest.mark.parametrize("biased", [False, True])
+def test_chunked_head_is_log_softmax(monkeypatch, temperature, biased):
     monkeypatch.setattr("reward.head.CHUNK", 150)  # three rows at a time
     torch.manual_seed(0)
-    states, weight = torch.randn(11, 8, requires_grad=True), torch.randn(50, 8, requires_grad=True)
+    states, weight, bias = (torch.randn(*shape, requires_grad=True) for shape in ((11, 8), (50, 8), (50,)))
     targets, grad = torch.randint(50, (11,)), torch.randn(11)
-    ours = head_logprobs(states, weight, targets, temperature)
-    of_ours = torch.autograd.grad(ours, (states, weight), grad)
-    logits = states @ weight.T / temperature
+    given = (states, weight, bias)[: 2 + biased]
+    ours = head_logprobs(states, weight, targets, temperature, bias if biased else None)
+    of_ours = torch.autograd.grad(ours, given, grad)
+    logits = torch.nn.functional.linear(*given) / temperature
     theirs = logits.log_softmax(1).gather(1, targets[:, None]).squeeze(1)
     torch.testing.assert_close(ours, theirs)
-    torch.testing.assert_close(of_ours, torch.autograd.grad(theirs, (states, weight), grad))
+    torch.testing.assert_close(of_ours, torch.autograd.grad(theirs, given, grad))
 
 
 def test_no_gradient_is_made_for_a_frozen_head():
