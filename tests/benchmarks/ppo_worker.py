@@ -82,8 +82,10 @@ def policy_of(size: Size) -> Any:
     head.weight = model.lm_head.weight
     with torch.no_grad():
         head.bias.zero_()[PAD] = -1e4
-        odds = size.vocabulary * size.eos / (1 - size.eos)
-        head.bias[EOS] = math.log(odds) * TEMPERATURE if odds else -1e4
+        head.weight[EOS] = 0.0
+        spread = size.hidden * (size.spread / TEMPERATURE) ** 2  # variance of the other tokens' logits
+        odds = size.vocabulary * math.exp(spread / 2) * size.eos / (1 - size.eos)
+        head.bias[EOS] = TEMPERATURE * math.log(odds) if size.eos else -1e4
     model.lm_head = head
     return model
 
