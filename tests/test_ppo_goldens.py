@@ -9,17 +9,18 @@ from safetensors.torch import load_file
 from reward.sampler import Sample
 from stages.ppo_math import gae, policy_loss, token_rewards, value_loss, whiten
 from stages.ppo_trainer import PPOConfig, PPOTrainer
-from tests.benchmarks.ppo_worker import EOS, PAD, Size, classifier_of, policy_of, tokenizer_of
-from tests.goldens.make_ppo import (
-    ADAM_RATE,
-    FILE,
+from tests.benchmarks.ppo_worker import (
+    EOS,
     KL_COEF,
-    OTHERS,
-    SGD_RATE,
-    SIZE,
+    LEARNING_RATE,
+    PAD,
     TEMPERATURE,
-    reference_of,
+    Size,
+    classifier_of,
+    policy_of,
+    tokenizer_of,
 )
+from tests.goldens.make_ppo import FILE, OTHERS, SGD_RATE, SIZE, reference_of
 
 GOLDEN = load_file(FILE)
 CLIP = 0.2  # TRL's default, of policy and value
@@ -156,6 +157,7 @@ def updated(folder, rate, **settings):
         value_model=value,
     )
     trainer.actor.sampler = Replayed()
+    trainer.max_tokens = 40  # some micro-batches a step, sorted by length
     replies = trainer.rollout()
     metrics = trainer.update(replies, trainer.score(replies))
     return {"policy": policy, "value": value}, metrics
@@ -184,7 +186,7 @@ def test_an_update_with_sgd_changes_the_weights_as_trl_does(tmp_path):
 
 
 def test_an_update_with_adamw_changes_the_weights_as_trl_does(tmp_path):
-    models, _ = updated(tmp_path, ADAM_RATE, adam_epsilon=1e-8)
+    models, _ = updated(tmp_path, LEARNING_RATE, adam_epsilon=1e-8)
     for part in ("policy", "value"):
         ours, golden = change(models | {"optimiser": "adamw"}, part)
         assert golden.abs().max() > 1e-5 and (ours - golden).abs().max() <= 2e-6

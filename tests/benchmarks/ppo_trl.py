@@ -27,8 +27,15 @@ from tests.benchmarks.ppo_worker import (
 
 def train(size: Size, mode: str, updates: int, turns: Turns, folder: str) -> None:
     """`best`: the only setting in which its minibatches are optimiser steps; `docs`: of its page; `lora`."""
-    accumulated = size.batch if mode == "docs" else 1
-    args = PPOConfig(
+    args = config_of(size, folder, updates, accumulated=size.batch if mode == "docs" else 1)
+    # A batch more than is used: on the last one of a pass TRL would step at every micro-batch.
+    rows = Dataset.from_dict({"input_ids": prompts_of(size, size.batch * (updates + 1))})
+    watch_lengths(turns)
+    trainer_of(size, args, rows, LoraConfig(**LORA) if mode == "lora" else None, callbacks=[turns]).train()
+
+
+def config_of(size: Size, folder: str, updates: int, accumulated: int = 1, **others: Any) -> Any:
+    return PPOConfig(
         output_dir=folder,
         per_device_train_batch_size=size.batch // accumulated,
         gradient_accumulation_steps=accumulated,
@@ -48,11 +55,8 @@ def train(size: Size, mode: str, updates: int, turns: Turns, folder: str) -> Non
         save_strategy="no",
         report_to="none",
         disable_tqdm=True,
+        **others,
     )
-    # A batch more than is used: on the last one of a pass TRL would step at every micro-batch.
-    rows = Dataset.from_dict({"input_ids": prompts_of(size, size.batch * (updates + 1))})
-    watch_lengths(turns)
-    trainer_of(size, args, rows, LoraConfig(**LORA) if mode == "lora" else None, callbacks=[turns]).train()
 
 
 def trainer_of(size: Size, args: Any, rows: Any, peft_config: Any = None, **others: Any) -> Any:

@@ -31,7 +31,7 @@ SIZE = {
     "intermediate": 16,
     "spread": 0.1,
 }
-TEMPERATURE, KL_COEF, SGD_RATE, ADAM_RATE = 0.7, 0.05, 0.5, 3e-6
+SGD_RATE = 0.5
 OTHERS = ((0.9, 0.9), (0.95, 1.0))
 """(gamma, lambda) besides TRL's defaults, 1 and 0.95."""
 
@@ -49,9 +49,8 @@ def update(gamma: float, lam: float, optimiser: str) -> dict[str, Any]:
     import torch
     import trl.experimental.ppo.ppo_trainer as ppo_trainer
     from datasets import Dataset
-    from trl.experimental.ppo import PPOConfig
 
-    from tests.benchmarks.ppo_trl import trainer_of
+    from tests.benchmarks.ppo_trl import config_of, trainer_of
     from tests.benchmarks.ppo_worker import Size, classifier_of, policy_of, prompts_of
 
     size = Size(**SIZE)
@@ -62,27 +61,7 @@ def update(gamma: float, lam: float, optimiser: str) -> dict[str, Any]:
         sgd = torch.optim.SGD(parameters, lr=SGD_RATE)
         optimizers = sgd, torch.optim.lr_scheduler.LambdaLR(sgd, lambda _: 1.0)
     with tempfile.TemporaryDirectory() as folder:
-        args = PPOConfig(
-            folder,
-            per_device_train_batch_size=size.batch,
-            gradient_accumulation_steps=1,
-            num_mini_batches=size.minibatches,
-            total_episodes=size.batch,
-            response_length=size.answer,
-            temperature=TEMPERATURE,
-            kl_coef=KL_COEF,
-            gamma=gamma,
-            lam=lam,
-            learning_rate=ADAM_RATE,
-            stop_token="eos",
-            num_sample_generations=0,
-            gradient_checkpointing=False,
-            bf16=False,
-            use_cpu=True,
-            save_strategy="no",
-            report_to="none",
-            disable_tqdm=True,
-        )
+        args = config_of(size, folder, 1, gamma=gamma, lam=lam)
         rows = Dataset.from_dict({"input_ids": prompts_of(size, 2 * size.batch)})
         models = {"model": parts["policy"], "value_model": parts["value"], "ref_model": reference_of(size)}
         trainer = trainer_of(size, args, rows, optimizers=optimizers, **models)
