@@ -167,8 +167,10 @@ def make() -> None:
         found[f"gae/{gamma}/{lam}"] = seen["advantages"]
     clipped = found["minibatches/pg_clipfrac"]
     print(f"{len(clipped)} steps, {float(clipped.mean()):.0%} of tokens clipped", file=sys.stderr)
-    facts = {name: version(name) for name in ("trl", "torch", "transformers")}
-    save_file({name: value.contiguous() for name, value in found.items()}, FILE, metadata=facts)
+    versions = ", ".join(f"{name} {version(name)}" for name in ("trl", "torch", "transformers"))
+    save_file(
+        {name: value.contiguous() for name, value in found.items()}, FILE, metadata={"made by": versions}
+    )
     print(f"{FILE}: {FILE.stat().st_size:,} bytes", file=sys.stderr)
 
 
