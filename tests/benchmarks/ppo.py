@@ -244,6 +244,10 @@ def main() -> None:
     parser.add_argument("--cases", default="A,B,C", help="letters, separated by commas; A measures D as well")
     parser.add_argument("--repeats", type=int, default=5, help="updates of each side, besides the first")
     args = parser.parse_args()
+    if unknown := set(args.cases.split(",")) - SIZES.keys():
+        parser.error(
+            f"no case {', '.join(sorted(unknown))}: choose from {', '.join(SIZES)}; A measures D as well"
+        )
     from tests.benchmarks.ppo_growth import growth
 
     lines = []
