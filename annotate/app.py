@@ -61,7 +61,8 @@ def serve(store: Store, round_id: int, title: str, name: str | None = None, port
             f"Label at http://127.0.0.1:{listener.getsockname()[1]}/  (Ctrl-C ends; every label is kept)",
             flush=True,
         )
-        uvicorn.Server(uvicorn.Config(app, log_level="warning", access_log=False)).run(sockets=[listener])
+        config = uvicorn.Config(app, log_level="warning", access_log=False, proxy_headers=False)
+        uvicorn.Server(config).run(sockets=[listener])
 
 
 def application(store: Store, round_id: int, title: str, name: str | None = None) -> Gate:

@@ -5,6 +5,7 @@ of it open to whoever may see the page. This gate stands before it and lets thro
 """
 
 import json
+import re
 from http.cookies import CookieError, SimpleCookie
 
 from starlette.datastructures import Headers, MutableHeaders
@@ -16,18 +17,25 @@ from annotate.store import Store
 HOSTS = ("127.0.0.1", "localhost")
 """A page of another site cannot reach us under another name (DNS rebinding)."""
 OWN = {("GET", "/"), ("GET", "/enter"), ("POST", "/enter"), ("GET", "/whoami"), ("GET", "/favicon.ico")}
-ASSETS = ("/label/assets/", "/label/static/", "/label/theme.css")
+ASSETS = re.compile(r"/label/((assets|static)(/[\w-][\w.-]*)+|theme\.css)", re.ASCII)
 PAGE = {"/label/", "/label/config", "/label/gradio_api/startup-events", "/label/gradio_api/theme.css"}
 CALL = "/label/gradio_api/component_server"
 LARGEST = 256 * 1024
 """Bytes of a request: twenty labels with long reasons are a fifth of it."""
+LONGEST_HASH = 64
+"""Characters of a session hash, of which Gradio keeps the last ten thousand; the page's has eleven."""
+FORWARDED = (b"forwarded", b"x-forwarded-", b"x-gradio-")
+"""Headers by which Gradio would let a request say where the page lives."""
 HEADERS = {
     # Gradio's own page needs inline scripts and eval; nothing may be loaded from or sent to another host.
-    "content-security-policy": "default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval'; "
-    "style-src 'self' 'unsafe-inline'; img-src 'self' data: blob:; font-src 'self' data:; object-src 'none'; "
-    "base-uri 'self'; form-action 'self'; frame-ancestors 'none'",
-    "x-content-type-options": "nosniff",
+    "content-security-policy": "default-src 'none'; script-src 'self' 'unsafe-inline' 'unsafe-eval'; "
+    "style-src 'self' 'unsafe-inline'; img-src 'self' data:; font-src 'self'; connect-src 'self'; "
+    "manifest-src 'self'; base-uri 'self'; form-action 'self'; frame-ancestors 'none'",
+    "cross-origin-opener-policy": "same-origin",
+    "cross-origin-resource-policy": "same-origin",
+    "permissions-policy": "camera=(), geolocation=(), microphone=()",
     "referrer-policy": "same-origin",  # with no-referrer, browsers say "Origin: null" of our own form
+    "x-content-type-options": "nosniff",
 }
 
 
@@ -51,10 +59,11 @@ class Gate:
             if scope["type"] == "lifespan":
                 await self.app(scope, receive, send)
             return
+        scope = {**scope, "headers": [pair for pair in scope["headers"] if not pair[0].startswith(FORWARDED)]}
         headers = Headers(scope=scope)
         scope["annotator"] = self._who(headers)
         answer: ASGIApp = _refusal(scope, headers) or self.app
-        if answer is self.app and scope["path"].rstrip("/") == CALL:
+        if answer is self.app and scope["path"] in (CALL, CALL + "/"):
             body = await _read(receive)
             receive = _replay(body)
             if not self._is_call(body):
@@ -76,14 +85,16 @@ class Gate:
     def _is_call(self, body: bytes) -> bool:
         try:
             call = json.loads(body)
-        except ValueError:
+        except (ValueError, RecursionError):
             return False
         return (
             isinstance(call, dict)
             and call.keys() == {"data", "component_id", "fn_name", "session_hash"}
             and call["component_id"] == self.component
+            and isinstance(call["fn_name"], str)
             and call["fn_name"] in self.functions
             and isinstance(call["session_hash"], str)
+            and len(call["session_hash"]) <= LONGEST_HASH
         )
 
 
@@ -97,27 +108,35 @@ def _refusal(scope: Scope, headers: Headers) -> Response | None:
     host = headers.get("host", "")
     if host.rsplit(":", 1)[0] not in HOSTS:
         return PlainTextResponse("this page answers on 127.0.0.1 only", 421)
-    if headers.get("origin", f"http://{host}") != f"http://{host}":
+    if headers.get("origin", f"http://{host}") != f"http://{host}" or _embedded(headers):
         return PlainTextResponse("not from another site", 403)
-    if method == "POST" and not headers.get("content-length", "").isdigit():
+    length = headers.get("content-length", "" if method == "POST" else "0")
+    if not re.fullmatch(r"[0-9]{1,12}", length):
         return PlainTextResponse("length required", 411)
-    if int(headers.get("content-length", "0") or 0) > LARGEST:
+    if int(length) > LARGEST:
         return PlainTextResponse("too large", 413)
     if (method, path) in OWN:
         return None
-    page = method == "GET" and (path in PAGE or (path.startswith(ASSETS) and ".." not in path))
-    call = method == "POST" and path.rstrip("/") == CALL
+    asset = method == "GET" and ASSETS.fullmatch(path) is not None
+    page = asset or (method == "GET" and path in PAGE)
+    call = method == "POST" and path in (CALL, CALL + "/")
     if not page and not call:
         return PlainTextResponse("no such page", 404)
     if call and not headers.get("content-type", "").startswith("application/json"):
         return PlainTextResponse("JSON only", 415)
-    if scope["annotator"] is None and not path.startswith(ASSETS):
+    if scope["annotator"] is None and not asset:
         return (
             RedirectResponse("/enter", 303)
             if path == "/label/"
             else PlainTextResponse("say who you are", 401)
         )
     return None
+
+
+def _embedded(headers: Headers) -> bool:
+    """Whether a page of another site asks, as with an image, a script or fetch. A link there is no harm."""
+    site, mode = headers.get("sec-fetch-site", "none"), headers.get("sec-fetch-mode", "navigate")
+    return site not in ("same-origin", "none") and mode != "navigate"
 
 
 async def _read(receive: Receive) -> bytes:

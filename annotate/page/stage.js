@@ -111,7 +111,7 @@ function judge(preference, reason) {
   judgedAt = now;
   const ms = Math.round(now - shownAt);
   const nonce = [...crypto.getRandomValues(new Uint32Array(2))].map((n) => n.toString(36)).join('');
-  keep(it, { token: `${it.key}-${nonce}`, preference, reason: reason || null, client_ms: ms });
+  keep(it, { token: `${it.key}-${nonce}`, preference, reason: reason ? reason.toWellFormed() : null, client_ms: ms });
   if (at === null) {
     fresh.add(it.key);
     past.push({ ...it, preference });
@@ -145,11 +145,17 @@ function forward() {
 
 function keep({ key, messages, completions }, label) {
   unsent.push(label);
+  const entry = { label, task: { key, messages, completions }, at: Date.now() };
+  const stored = store(entry) || store({ ...entry, task: null }); // the texts of some pairs fill the storage
+  if (!stored) trouble = 'this browser keeps nothing: stay on the page until it says saved';
+}
+
+function store(entry) {
   try {
-    const entry = { label, task: { key, messages, completions }, at: Date.now() };
-    localStorage.setItem(`${prefix}${label.token}`, JSON.stringify(entry));
+    localStorage.setItem(`${prefix}${entry.label.token}`, JSON.stringify(entry));
+    return true;
   } catch {
-    trouble = 'this browser keeps nothing: stay on the page until it says saved';
+    return false;
   }
 }
 
@@ -159,11 +165,11 @@ function recall() {
   const entries = mine.map((key) => JSON.parse(localStorage.getItem(key))).sort((a, b) => a.at - b.at);
   entries.forEach(({ label, task: it }) => {
     unsent.push(label);
-    const known = past.find((other) => other.key === it.key);
+    const known = past.find((other) => other.key === pair(label.token));
     if (known) known.preference = label.preference;
     else {
-      past.push({ ...it, preference: label.preference });
-      fresh.add(it.key);
+      if (it) past.push({ ...it, preference: label.preference });
+      fresh.add(pair(label.token));
     }
   });
 }
