@@ -10,16 +10,14 @@ take the annotator from the gate; step checks every label and answers after COMM
 import os
 import socket
 from collections.abc import Callable
-from html import escape
 from importlib.resources import files
-from string import Template
 from typing import Any
 
-from fastapi import FastAPI, Form, Request
-from fastapi.responses import HTMLResponse, JSONResponse, RedirectResponse, Response
+from fastapi import FastAPI
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from annotate.gate import Gate, cookie_name
+from annotate.entry import add_entry
+from annotate.gate import Gate
 from annotate.queue import Label, Shown
 from annotate.records import DataError
 from annotate.store import Store
@@ -41,9 +39,17 @@ class Step(BaseModel):
     count: bool = False
 
 
-def serve(store: Store, round_id: int, title: str, name: str | None = None, port: int = 7860) -> None:
+def serve(
+    store: Store,
+    round_id: int,
+    title: str,
+    name: str | None = None,
+    port: int = 7860,
+    url: str | None = None,
+) -> None:
     """Serve the page on 127.0.0.1 until interrupted. `name`: who works, else the browser is asked.
 
+    `url`: where a proxy makes the page reachable to others, who then enter by invitation only.
     Raises DataError when the port is taken. Port 0 takes a free one.
     """
     import uvicorn
@@ -56,65 +62,24 @@ def serve(store: Store, round_id: int, title: str, name: str | None = None, port
             listener.listen()  # whoever follows the printed address now is served as soon as all is loaded
         except OSError as error:
             raise DataError(f"port {port}: {error.strerror}; choose another with --port") from None
-        app = application(store, round_id, title, name)
-        print(
-            f"Label at http://127.0.0.1:{listener.getsockname()[1]}/  (Ctrl-C ends; every label is kept)",
-            flush=True,
-        )
+        app = application(store, round_id, title, name, url)
+        here = f"http://127.0.0.1:{listener.getsockname()[1]}/"
+        label = f"{url}/, sent on to {here}" if url else here
+        print(f"Label at {label}  (Ctrl-C ends; every label is kept)", flush=True)
         config = uvicorn.Config(app, log_level="warning", access_log=False, proxy_headers=False)
         uvicorn.Server(config).run(sockets=[listener])
 
 
-def application(store: Store, round_id: int, title: str, name: str | None = None) -> Gate:
+def application(
+    store: Store, round_id: int, title: str, name: str | None = None, url: str | None = None
+) -> Gate:
     """The ASGI application of one round."""
     if name is not None:
         store.annotator(name)  # refuses a bad name now rather than in the browser
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
-    _add_entry(app, store, name)
+    add_entry(app, store, name, url)
     component = _mount_page(app, store, round_id, title)
-    return Gate(app, store, component, {"hello", "step"})
-
-
-def _add_entry(app: FastAPI, store: Store, default: str | None) -> None:
-    """Who is working: a name asked once, or the given one; then a session cookie."""
-
-    def begin(name: str) -> Response:
-        secret = store.start_session(store.annotator(name))
-        response = RedirectResponse("/label/", 303)
-        year = 365 * 24 * 3600
-        response.set_cookie(cookie_name(store), secret, max_age=year, httponly=True, samesite="strict")
-        return response
-
-    @app.get("/")
-    def root(request: Request) -> Response:
-        who = request.scope["annotator"]
-        if default is not None and (who is None or who[1] != default):
-            return begin(default)
-        return RedirectResponse("/enter" if who is None else "/label/", 303)
-
-    @app.get("/enter")
-    def ask() -> Response:
-        return _entry_page()
-
-    @app.post("/enter")
-    def enter(name: str = Form("")) -> Response:
-        try:
-            return begin(name.strip())
-        except DataError as error:
-            return _entry_page(str(error), 422)
-
-    @app.get("/whoami")
-    def whoami(request: Request) -> Response:
-        who = request.scope["annotator"]
-        return JSONResponse({"name": who and who[1]}, 401 if who is None else 200)
-
-    @app.get("/favicon.ico")
-    def icon() -> Response:
-        return Response(status_code=204)
-
-
-def _entry_page(error: str = "", status: int = 200) -> Response:
-    return HTMLResponse(Template(_page_file("enter.html")).substitute(error=escape(error)), status)
+    return Gate(app, store, component, {"hello", "step"}, url)
 
 
 def _mount_page(app: FastAPI, store: Store, round_id: int, title: str) -> int:

@@ -6,7 +6,9 @@ of it open to whoever may see the page. This gate stands before it and lets thro
 
 import json
 import re
+import time
 from http.cookies import CookieError, SimpleCookie
+from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import PlainTextResponse, RedirectResponse, Response
@@ -15,7 +17,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from annotate.store import Store
 
 HOSTS = ("127.0.0.1", "localhost")
-"""A page of another site cannot reach us under another name (DNS rebinding)."""
+"""Under another name no page of another site can reach us (DNS rebinding)."""
 OWN = {("GET", "/"), ("GET", "/enter"), ("POST", "/enter"), ("GET", "/whoami"), ("GET", "/favicon.ico")}
 ASSETS = re.compile(r"/label/((assets|static)(/[\w-][\w.-]*)+|theme\.css)", re.ASCII)
 PAGE = {"/label/", "/label/config", "/label/gradio_api/startup-events", "/label/gradio_api/theme.css"}
@@ -24,6 +26,8 @@ LARGEST = 256 * 1024
 """Bytes of a request: twenty labels with long reasons are a fifth of it."""
 LONGEST_HASH = 64
 """Characters of a session hash, of which Gradio keeps the last ten thousand; the page's has eleven."""
+REMEMBERED = 2.0
+"""Seconds until a session is looked up again, and so until one that ended is shut out."""
 FORWARDED = (b"forwarded", b"x-forwarded-", b"x-gradio-")
 """Headers by which Gradio would let a request say where the page lives."""
 HEADERS = {
@@ -46,13 +50,19 @@ Who = tuple[int, str]
 class Gate:
     """ASGI middleware; what it lets through finds the annotator in its scope under "annotator"."""
 
-    def __init__(self, app: ASGIApp, store: Store, component: int, functions: set[str]):
-        """`component` is the id of the page's stage, `functions` the server functions it may call."""
+    def __init__(
+        self, app: ASGIApp, store: Store, component: int, functions: set[str], url: str | None = None
+    ):
+        """`component` is the id of the page's stage, `functions` the server functions it may call.
+
+        `url`: the address of a proxy before us, if any, as `annotate.entry.public_url` returns it.
+        """
         self.app = app
         self.store = store
         self.component = component
         self.functions = functions
-        self._known: dict[str, Who] = {}
+        self.url = url
+        self._known: dict[str, tuple[Who, float]] = {}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -62,7 +72,9 @@ class Gate:
         scope = {**scope, "headers": [pair for pair in scope["headers"] if not pair[0].startswith(FORWARDED)]}
         headers = Headers(scope=scope)
         scope["annotator"] = self._who(headers)
-        answer: ASGIApp = _refusal(scope, headers) or self.app
+        origin = self._origin(headers.get("host", ""))
+        scope["scheme"] = (origin or "http").partition(":")[0]
+        answer: ASGIApp = _foreign(headers, origin) or _refusal(scope, headers) or self.app
         if answer is self.app and scope["path"] in (CALL, CALL + "/"):
             body = await _read(receive)
             receive = _replay(body)
@@ -77,10 +89,19 @@ class Gate:
             return None
         if morsel is None:
             return None
-        found = self._known.get(morsel.value) or self.store.session(morsel.value)
-        if found:
-            self._known[morsel.value] = found
+        found, until = self._known.get(morsel.value, (None, 0.0))
+        if time.monotonic() >= until:
+            found = self.store.session(morsel.value)
+            self._known.pop(morsel.value, None)
+            if found:
+                self._known[morsel.value] = found, time.monotonic() + REMEMBERED
         return found
+
+    def _origin(self, host: str) -> str | None:
+        """Where the browser believes to be; None where that is neither this machine nor our proxy."""
+        if host.rsplit(":", 1)[0] in HOSTS:
+            return f"http://{host}"
+        return self.url if self.url and host == urlsplit(self.url).netloc else None
 
     def _is_call(self, body: bytes) -> bool:
         try:
@@ -103,13 +124,19 @@ def cookie_name(store: Store) -> str:
     return f"prefloop-{store.id[:8]}"
 
 
+def _foreign(headers: Headers, origin: str | None) -> Response | None:
+    """A link on another site may lead here; a form, script, image or fetch there may not."""
+    if origin is None:
+        return PlainTextResponse("this page does not answer under that name", 421)
+    site, mode = headers.get("sec-fetch-site", "none"), headers.get("sec-fetch-mode", "navigate")
+    embedded = site not in ("same-origin", "none") and mode != "navigate"
+    if embedded or headers.get("origin", origin) != origin:
+        return PlainTextResponse("not from another site", 403)
+    return None
+
+
 def _refusal(scope: Scope, headers: Headers) -> Response | None:
     method, path = scope["method"], scope["path"]
-    host = headers.get("host", "")
-    if host.rsplit(":", 1)[0] not in HOSTS:
-        return PlainTextResponse("this page answers on 127.0.0.1 only", 421)
-    if headers.get("origin", f"http://{host}") != f"http://{host}" or _embedded(headers):
-        return PlainTextResponse("not from another site", 403)
     length = headers.get("content-length", "" if method == "POST" else "0")
     if not re.fullmatch(r"[0-9]{1,12}", length):
         return PlainTextResponse("length required", 411)
@@ -131,12 +158,6 @@ def _refusal(scope: Scope, headers: Headers) -> Response | None:
             else PlainTextResponse("say who you are", 401)
         )
     return None
-
-
-def _embedded(headers: Headers) -> bool:
-    """Whether a page of another site asks, as with an image, a script or fetch. A link there is no harm."""
-    site, mode = headers.get("sec-fetch-site", "none"), headers.get("sec-fetch-mode", "navigate")
-    return site not in ("same-origin", "none") and mode != "navigate"
 
 
 async def _read(receive: Receive) -> bytes:

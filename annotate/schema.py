@@ -189,6 +189,15 @@ class Session(Base):
     at: Mapped[float]
 
 
+class Invitation(Base):
+    """The link by which an annotator enters; as with sessions, only the hash of its secret is stored."""
+
+    __tablename__ = "invitations"
+    annotator_id: Mapped[int] = mapped_column(ForeignKey("annotators.id"), primary_key=True)
+    sha: Mapped[str] = mapped_column(unique=True)
+    at: Mapped[float]
+
+
 def _trigger(table: str, name: str, when: str, message: str) -> None:
     ddl = f"CREATE TRIGGER {table}_{name} BEFORE {when} BEGIN SELECT RAISE(ABORT, '{message}'); END"
     event.listen(Base.metadata.tables[table], "after_create", DDL(ddl))  # type: ignore[no-untyped-call]

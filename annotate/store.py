@@ -7,7 +7,6 @@ rely on it. The guarantees are in `annotate.schema`, the two hot functions in `a
 
 import hashlib
 import os
-import re
 import secrets
 import threading
 import time
@@ -18,14 +17,38 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import Connection, Engine, bindparam, create_engine, event, func, insert, or_, select, update
+from sqlalchemy import (
+    Connection,
+    Engine,
+    bindparam,
+    create_engine,
+    delete,
+    event,
+    func,
+    insert,
+    or_,
+    select,
+    update,
+)
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import ArgumentError, DatabaseError, IntegrityError
 
 from annotate import queue, rounds
 from annotate.queue import Label, Shown, Status
 from annotate.records import DataError, Item, Kind
-from annotate.schema import VERSION, Annotator, Base, Database, Judgement, Round, Session, Slot, Task, View
+from annotate.schema import (
+    VERSION,
+    Annotator,
+    Base,
+    Database,
+    Invitation,
+    Judgement,
+    Round,
+    Session,
+    Slot,
+    Task,
+    View,
+)
 
 LEASE = 1800.0
 """Seconds that a task shown to someone waits for them before someone else may take it over."""
@@ -75,7 +98,7 @@ class Store:
 
     def annotator(self, name: str, kind: Kind = "person") -> int:
         """Id of the annotator of this pseudonym and kind, made if new."""
-        if not re.fullmatch(r"[^\x00-\x1f\x7f]{1,60}", name) or name != name.strip():
+        if not 1 <= len(name) <= 60 or not name.isprintable() or name != name.strip():
             raise DataError(f"annotator name {name!r}: 1 to 60 printable characters, no space at either end")
         with self._write() as x:
             same = select(Annotator.id).where(Annotator.name == name, Annotator.kind == kind)
@@ -175,6 +198,20 @@ class Store:
             found = [Current(*row) for row in x.execute(query)]
         return sorted(found, key=lambda label: (label.task, label.annotator))
 
+    def invite(self, name: str) -> str:
+        """A secret by which this person enters. Ends the invitation and the sessions they had before."""
+        me, secret = self.annotator(name), secrets.token_urlsafe(32)
+        with self._write() as x:
+            x.execute(delete(Session).where(Session.annotator_id == me))
+            x.execute(delete(Invitation).where(Invitation.annotator_id == me))
+            x.execute(insert(Invitation), {"annotator_id": me, "sha": _sha(secret), "at": time.time()})
+        return secret
+
+    def invited(self, secret: str) -> int | None:
+        """Id of the annotator whose invitation this is."""
+        with self._read() as x:
+            return x.execute(select(Invitation.annotator_id).where(Invitation.sha == _sha(secret))).scalar()
+
     def start_session(self, annotator: int) -> str:
         """A secret for the browser's cookie. Sessions survive a restart of the server."""
         secret = secrets.token_urlsafe(32)
@@ -247,4 +284,4 @@ def _engine(url: str) -> Engine:
 
 
 def _sha(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()
+    return hashlib.sha256(text.encode(errors="replace")).hexdigest()

@@ -67,8 +67,12 @@ class Served:
         self.options["port"] = int(found[1])
 
     @property
+    def port(self) -> int:
+        return int(self.options["port"])
+
+    @property
     def home(self) -> str:
-        return f"http://127.0.0.1:{self.options['port']}"
+        return f"http://127.0.0.1:{self.port}"
 
     def kill(self) -> None:
         self.process.send_signal(signal.SIGKILL)

@@ -336,7 +336,7 @@ def test_a_person_may_have_the_name_of_a_simulated_annotator(store: Store) -> No
 
 
 def test_names_that_cannot_be_shown_are_refused(store: Store) -> None:
-    for bad in ("", " ann", "a\nb", "x" * 61):
+    for bad in ("", " ann", "a\nb", "x" * 61, "nna\u202e", "a\u200bnn", "\ud800"):
         with pytest.raises(DataError, match="printable"):
             store.annotator(bad)
 
