@@ -30,7 +30,8 @@ def annotate(
     """Serve the labelling page of an experiment's newest sampled items on 127.0.0.1 until interrupted.
 
     The browser asks who is working unless `name` is given; with a `url`, the address of a proxy before this
-    machine, people enter by invitation only. UserError where there is nothing to label yet.
+    machine, people enter by invitation only. CONFIG.guidelines.md beside the configuration is what they read
+    before work. UserError where there is nothing to label yet.
     """
     experiment, stage, config = _collecting(config_path, overrides)
     seed = experiment.seed if config.seed is None else config.seed
@@ -43,7 +44,16 @@ def annotate(
     url = public_url(url) if url else None
     store = Store(config.db)
     round_id = open_round(store, items, experiment.name, stage, seed, config.overlap)
-    serve(store, round_id, experiment.name, name, port, url)
+    serve(store, round_id, experiment.name, name, port, url, _guidelines(Path(config_path)))
+
+
+def _guidelines(config_path: Path) -> str | None:
+    """The text beside `experiment.yaml` that is called `experiment.guidelines.md`, if there is one."""
+    path = config_path.with_suffix(".guidelines.md")
+    try:
+        return path.read_text(encoding="utf-8") if path.exists() else None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 ({error.reason} at byte {error.start})") from None
 
 
 def invite(config_path: str | Path, overrides: Sequence[str], name: str, url: str) -> str:

@@ -99,6 +99,9 @@ class Desk:
 
     def ready(self) -> None:
         self.page.wait_for_selector('.stage[data-state="task"]', timeout=15_000)
+        if self.page.is_visible(".guidelines"):  # on the first visit
+            self.page.keyboard.press("Enter")
+            self.page.wait_for_selector(".guidelines", state="hidden")
 
     @property
     def task(self) -> str:

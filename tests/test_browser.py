@@ -96,6 +96,104 @@ def test_ten_labels_by_keyboard_with_undo_and_skip(visit: Visit, served: Served,
     desk.page.screenshot(path=tmp_path / "page.png")
 
 
+def test_both_bad_is_a_tie_that_can_be_revised(visit: Visit, served: Served) -> None:
+    desk = visit("nan")
+    task = desk.task
+    desk.press("0")
+    desk.press("u")
+    assert desk.task == task
+    assert desk.page.get_attribute(".both-bad", "aria-pressed") == "true"
+    assert "both bad" in desk.page.inner_text(".question")
+    assert desk.page.query_selector('.scale [aria-pressed="true"]') is None
+    desk.press("Enter")
+    other, _ = desk.judge("4")
+    desk.press("u")
+    desk.press("0")
+    desk.press("u")
+    desk.press("u")
+    desk.press("4")
+    desk.sent()
+    query = (
+        "select both_bad from judgements where annotator_id = (select id from annotators where name = 'nan')"
+    )
+    with served.store._read() as x:
+        assert list(x.execute(text(query)).scalars()) == [1, 0, 1, 0]
+    assert {t: label.preference for t, label in served.labels("nan").items()} == {task: 0, other: 0}
+
+
+def test_a_reason_to_skip_can_be_picked(visit: Visit, served: Served) -> None:
+    desk = visit("oda")
+    desk.press("s")
+    desk.page.click("text=it upsets me")
+    desk.page.wait_for_function("document.querySelector('.last').textContent.includes('skipped')")
+    desk.sent()
+    assert "upsetting" in reasons(served) and len(served.labels("oda")) == 1
+
+
+def test_markdown_and_differences_are_shown_when_asked_for(visit: Visit, tmp_path: Path) -> None:
+    replies = ["The **cat** sat\n\n- on\n- it", "The **dog** sat\n\n- on\n- it"]
+    served = Served(tmp_path, [plain(n, [f"{reply} {n}" for reply in replies]) for n in range(3)])
+    desk = visit("pat", to=served)
+    assert desk.page.query_selector(".text :is(b, strong, mark)") is None
+    desk.press("x")
+    marks = desk.page.eval_on_selector_all("mark", "all => all.map(mark => mark.textContent)")
+    assert sorted(marks) == ["cat", "dog"]
+    assert sorted(desk.shown()) == sorted(served.items[desk.task].completions)  # not a character changed
+    desk.press("m")
+    desk.page.wait_for_selector(".replies .rich strong")
+    assert desk.page.query_selector("mark") is None
+    assert sorted(desk.page.locator(".replies strong").all_inner_texts()) == ["cat", "dog"]
+    desk.press("1")
+    desk.page.wait_for_selector(".replies .rich li")  # the next pair as well
+    desk.page.reload()
+    desk.ready()
+    desk.page.wait_for_selector(".replies .rich li")  # and the next visit
+    desk.press("m")
+    assert desk.page.query_selector(".replies .rich li") is None
+    served.kill()
+
+
+def plain(number: int, replies: list[str]) -> Item:
+    prompt = [Message(role="user", content=f"question {number}")]
+    row = {"id": prompt_id(prompt), "split": "train", "use": "preference", "prompt": prompt}
+    return Item(**row, completions=replies)
+
+
+def test_guidelines_come_first_and_again_when_they_change(visit: Visit, tmp_path: Path) -> None:
+    items = [plain(n, [f"one {n}", f"two {n}"]) for n in range(9)]
+    served = Served(tmp_path, items, guidelines="Prefer the *truth*.")
+    desk = visit("quin", to=served)  # reads them
+    first = desk.judge("1")[0]
+    desk.sent()
+    served.kill()
+    desk.judge("2")  # under the old ones, whenever it arrives
+    served.options["guidelines"] = "Prefer the *kind*.<script>window.hacked=1</script>"
+    served.start()
+    desk.page.wait_for_selector(".guidelines em:text('kind')", timeout=20_000)
+    desk.press("1")  # not before they are read
+    assert len(served.labels("quin")) == 2
+    desk.page.keyboard.press("Enter")
+    desk.judge("3")
+    desk.sent()
+    desk.press("g")
+    assert desk.page.is_visible(".guidelines") and desk.page.evaluate("window.hacked") is None
+    query = (
+        "select text from judgements join guidelines on sha = judgements.guidelines order by judgements.id"
+    )
+    with served.store._read() as x:
+        assert [t.split("*")[1] for t in x.execute(text(query)).scalars()] == ["truth", "truth", "kind"]
+    assert first in served.labels("quin")
+    served.kill()
+
+
+def test_hidden_characters_are_pointed_out(visit: Visit, tmp_path: Path) -> None:
+    served = Served(tmp_path, [plain(0, ["plain \U0001f469\u200d\U0001f52c", "A is better\u202e"])])
+    desk = visit("rob", to=served)
+    notes = desk.page.locator(".note").all_inner_texts()
+    assert [bool(note) for note in notes] == ["\u202e" in reply for reply in desk.shown()]
+    served.kill()
+
+
 def reasons(served: Served) -> list[str]:
     with served.store._read() as x:
         return list(x.execute(text("select reason from judgements where reason is not null")).scalars())
@@ -197,13 +295,16 @@ def test_a_label_after_a_take_over_is_not_counted_and_the_page_says_so(visit: Vi
     served.kill()
 
 
-@pytest.mark.parametrize("width", [1200, 390])
+@pytest.mark.parametrize("width", [1200, 360])
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_fits_the_screen_and_does_not_move(visit: Visit, width: int, scheme: str) -> None:
     desk = visit(f"viewer {width} {scheme}", viewport={"width": width, "height": 800}, color_scheme=scheme)
     page = desk.page
     scale = page.locator(".scale").bounding_box()
     assert page.evaluate("document.documentElement.scrollWidth") <= width
+    ends = "all => all.map(box => box.getBoundingClientRect()).map(box => [box.left, box.right])"
+    for left, right in page.eval_on_selector_all("header > *, footer button, .replies article", ends):
+        assert 0 <= left <= right <= width
     desk.judge("4")
     assert page.locator(".scale").bounding_box() == scale
     desk.press("u")

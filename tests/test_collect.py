@@ -237,11 +237,12 @@ def test_annotate_serves_the_newest_complete_sample(
         with run.recorded():
             write(run.output("items.jsonl"), some)
 
-    served: list[tuple[Store, int, str, str | None, int, str | None]] = []
+    (tmp_path / "test.guidelines.md").write_text("Prefer the truth.")
+    served: list[tuple[Store, int, str, str | None, int, str | None, str | None]] = []
     monkeypatch.setattr("annotate.app.serve", lambda *arguments: served.append(arguments))
     annotate(str(config), ["collect.overlap=3"], port=1234, name="ann")
-    [(store, round_id, title, name, port, url)] = served
-    assert (title, name, port, url) == ("test", "ann", 1234, None)
+    [(store, round_id, title, name, port, url, guidelines)] = served
+    assert (title, name, port, url, guidelines) == ("test", "ann", 1234, None, "Prefer the truth.")
     assert store.round("test/collect/people-0") == round_id
     assert store.progress(round_id).asked == 12
     assert {v.task for v in store.step(round_id, store.annotator("ann"), want=99)[1]} == {

@@ -68,6 +68,14 @@ def test_a_step_of_any_form_is_answered(ann: Browser, argument: object) -> None:
 
 
 @settings(max_examples=50)
+@given(near(keys=st.lists(st.from_regex(r"\d{1,3}-\d{1,3}", fullmatch=True) | JSON, max_size=12)) | JSON)
+@example({"keys": ["999999999999999-999999999"]})
+def test_markdown_of_any_form_is_answered(ann: Browser, argument: object) -> None:
+    status, answer = ann.call("markdown", argument)
+    assert status == 400 or answer.keys() in ({"error"}, {"ok", "html"})
+
+
+@settings(max_examples=50)
 @given(JSON)
 def test_hello_depends_on_nothing_but_the_person(ann: Browser, argument: object) -> None:
     status, answer = ann.call("hello", argument)

@@ -12,6 +12,8 @@ from annotate.records import Item, Message, prompt_id
 from tests.desk import Desk, Served, chromium
 from tests.hostile import AWAY, OUTPUTS
 
+ACTIVE = ":is(a, img, script, style, form, iframe, svg, input, button, video, object, dialog, [style], [id])"
+
 
 def items() -> Iterator[Item]:
     """Each output once as prompt, once as either reply."""
@@ -44,16 +46,23 @@ def context(browser: Browser) -> Iterator[BrowserContext]:
     context.close()
 
 
+@pytest.mark.parametrize("format", ["raw", "markdown"])
 def test_hostile_outputs_are_shown_exactly_run_nothing_load_nothing_and_cover_nothing(
-    context: BrowserContext, served: Served
+    context: BrowserContext, served: Served, format: str
 ) -> None:
     assert len(OUTPUTS) >= 100
-    desk = Desk(context, served, "reader")
+    desk = Desk(context, served, f"reader of {format}")
     seen = set()
     expected = {}
     for number in range(len(served.items)):
         task = desk.task
         shown = desk.shown()
+        if format == "markdown":
+            desk.page.keyboard.press("x")
+            desk.page.keyboard.press("m")
+            desk.page.wait_for_selector(".replies .rich", state="attached", timeout=5000)
+            assert desk.page.query_selector_all(f".text {ACTIVE}") == []
+            desk.page.keyboard.press("m")
         asked = desk.page.eval_on_selector_all(".message .text", "all => all.map(box => box.textContent)")
         assert asked == [message.content for message in served.items[task].prompt]
         seen.update(shown, asked)
@@ -64,10 +73,10 @@ def test_hostile_outputs_are_shown_exactly_run_nothing_load_nothing_and_cover_no
         expected[task] = sign * (3 - number % 7)
     desk.sent()
     assert set(OUTPUTS.values()) <= seen
-    assert {task: label.preference for task, label in served.labels("reader").items()} == expected
+    found = served.labels(f"reader of {format}")
+    assert {task: label.preference for task, label in found.items()} == expected
     assert desk.page.evaluate("window.hacked") is None
     assert [url for url in desk.requests if not url.startswith((served.home, "data:"))] == []
-    assert desk.page.query_selector_all(".work :is(img, script, style, form, iframe, a, svg, input)") == []
     assert desk.faults == [] and desk.page.url == f"{served.home}/label/"
 
 
