@@ -58,7 +58,13 @@ def serve(
         here = f"http://127.0.0.1:{listener.getsockname()[1]}/"
         label = f"{url}/, sent on to {here}" if url else here
         print(f"Label at {label}  (Ctrl-C ends; every label is kept)", flush=True)
-        config = uvicorn.Config(app, log_level="warning", access_log=False, proxy_headers=False)
+        config = uvicorn.Config(
+            app,
+            log_level="warning",
+            access_log=False,
+            proxy_headers=False,
+            timeout_keep_alive=75,  # seconds: longer than most pairs are read
+        )
         uvicorn.Server(config).run(sockets=[listener])
 
 

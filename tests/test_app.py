@@ -305,7 +305,8 @@ def test_a_taken_port_and_a_bad_name_say_so(server: Server, tmp_path: Path) -> N
         serve(store, 1, "r", name="\n", port=0)
 
 
-def kill_under_load(url: str, kills: int, people: int, seconds: float) -> None:
+def kill_under_load(url: str, kills: int, people: int, seconds: float) -> int:
+    """Kills the server so often while people label; how many labels were acknowledged, all of them found."""
     store = Store(url)
     store.open_round("r", [item(n) for n in range(4000)])
     acknowledged: list[str] = []
@@ -342,6 +343,7 @@ def kill_under_load(url: str, kills: int, people: int, seconds: float) -> None:
         assert x.execute(text(half)).scalar() == 0
     assert len(acknowledged) > 20 * kills
     assert set(acknowledged) <= stored
+    return len(acknowledged)
 
 
 def test_kill_9_loses_no_acknowledged_label(tmp_path: Path) -> None:

@@ -35,6 +35,7 @@ function toggleTheme() {
 
 function toggleConversation() {
   stage.dataset.whole = stage.dataset.whole === 'yes' ? 'no' : 'yes';
+  $('.conversation').dataset.cut = 'no';
   endOfConversation();
 }
 

@@ -69,7 +69,8 @@ function settle(labels, reply) {
   }
   reserve = open.filter((it) => it.key !== current.key);
   if (stage.dataset.format === 'markdown') ask();
-  if (reply.guidelines !== guidelines && !unsent.length) location.reload(); // others since the server's restart
+  const idle = !unsent.length && !$('dialog[open]');
+  if (reply.guidelines !== guidelines && idle) location.reload(); // others since the server's restart
 }
 
 // Gradio's client turns a lost connection into undefined: only an answer of ours counts as one.

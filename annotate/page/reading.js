@@ -105,6 +105,8 @@ function toggleMarked() {
 
 function again() {
   fill(task());
+  $('.conversation').dataset.cut = 'no';
+  endOfConversation();
   report();
 }
 

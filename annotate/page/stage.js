@@ -53,17 +53,18 @@ function show() {
     button.setAttribute('aria-pressed', String(said !== null && said === Number(button.dataset.preference)));
   });
   bothBad.setAttribute('aria-pressed', String(at !== null && Boolean(it.both_bad)));
-  $('.work').scrollTop = 0;
-  endOfConversation();
-  shownAt = performance.now();
   report();
+  $('.conversation').dataset.cut = 'no';
+  endOfConversation(); // reads the layout, so last: one layout for each pair
+  $('.work').scrollTop = 0;
+  shownAt = performance.now();
 }
 
 function endOfConversation() {
   const box = $('.conversation');
-  box.dataset.cut = 'no';
-  box.dataset.cut = box.scrollHeight > box.clientHeight + 1 ? 'yes' : 'no';
-  box.scrollTop = box.scrollHeight;
+  const cut = box.scrollHeight > box.clientHeight + 1;
+  if (cut) box.dataset.cut = 'yes';
+  if (cut) box.scrollTop = box.scrollHeight;
 }
 
 function report() {
