@@ -338,7 +338,8 @@ def rows(size: Size) -> list[tuple[str, str, str]]:
 
 def report(found: Sequence[tuple[str, str, str]]) -> str:
     cpu = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
-    machine = f"{cpu[1] if cpu else platform.processor()}, {os.cpu_count()} cores"
+    busy = f"load average {os.getloadavg()[0]:.1f} at the end, of which about 2 are ours"
+    machine = f"{cpu[1] if cpu else platform.processor()}, {os.cpu_count()} cores, {busy}"
     libraries = ", ".join(
         f"{name} {version(name)}" for name in ("gradio", "starlette", "uvicorn", "SQLAlchemy")
     )
