@@ -3,24 +3,20 @@
     store = Store()
     serve(store, store.open_round("mine", items), "My round", port=7860)
 
-The page is one `gr.HTML` component (page/stage.html, .css, .js) with two server functions. Both
-take the annotator from the gate; step checks every label and answers after COMMIT. No answer names a model.
+The page is one `gr.HTML` component (page/stage.html, .css, scripts) with the server functions of `Calls`.
 """
 
 import os
 import socket
 from collections.abc import Callable
-from html import escape
 from importlib.resources import files
-from string import Template
 from typing import Any
 
-from fastapi import FastAPI, Form, Request
-from fastapi.responses import HTMLResponse, JSONResponse, RedirectResponse, Response
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from fastapi import FastAPI
 
-from annotate.gate import Gate, cookie_name
-from annotate.queue import Label, Shown
+from annotate.calls import FUNCTIONS, Calls
+from annotate.entry import add_entry
+from annotate.gate import Gate, Who
 from annotate.records import DataError
 from annotate.store import Store
 
@@ -29,21 +25,23 @@ QUIET = {
     "GRADIO_ANALYTICS_CACHE_FREQUENCY": "1000000000",  # else a summary of all past events after every event
     "HF_HUB_OFFLINE": "1",
 }
+SCRIPTS = ("stage.js", "reading.js", "outbox.js", "keys.js")
+"""One after the other they are one function, of which Gradio runs the body."""
 
 
-class Step(BaseModel):
-    """What the page sends: finished labels, how many open tasks it wants to hold, whether to count."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
-
-    labels: list[Label] = Field(max_length=50)
-    want: int = Field(ge=0, le=10)
-    count: bool = False
-
-
-def serve(store: Store, round_id: int, title: str, name: str | None = None, port: int = 7860) -> None:
+def serve(
+    store: Store,
+    round_id: int,
+    title: str,
+    name: str | None = None,
+    port: int = 7860,
+    url: str | None = None,
+    guidelines: str | None = None,
+) -> None:
     """Serve the page on 127.0.0.1 until interrupted. `name`: who works, else the browser is asked.
 
+    `url`: where a proxy makes the page reachable to others, who then enter by invitation only.
+    `guidelines`: Markdown to read before work, else page/guidelines.md.
     Raises DataError when the port is taken. Port 0 takes a free one.
     """
     import uvicorn
@@ -56,78 +54,49 @@ def serve(store: Store, round_id: int, title: str, name: str | None = None, port
             listener.listen()  # whoever follows the printed address now is served as soon as all is loaded
         except OSError as error:
             raise DataError(f"port {port}: {error.strerror}; choose another with --port") from None
-        app = application(store, round_id, title, name)
-        print(
-            f"Label at http://127.0.0.1:{listener.getsockname()[1]}/  (Ctrl-C ends; every label is kept)",
-            flush=True,
+        app = application(store, round_id, title, name, url, guidelines)
+        here = f"http://127.0.0.1:{listener.getsockname()[1]}/"
+        label = f"{url}/, sent on to {here}" if url else here
+        print(f"Label at {label}  (Ctrl-C ends; every label is kept)", flush=True)
+        config = uvicorn.Config(
+            app,
+            log_level="warning",
+            access_log=False,
+            proxy_headers=False,
+            timeout_keep_alive=75,  # seconds: longer than most pairs are read
         )
-        uvicorn.Server(uvicorn.Config(app, log_level="warning", access_log=False)).run(sockets=[listener])
+        uvicorn.Server(config).run(sockets=[listener])
 
 
-def application(store: Store, round_id: int, title: str, name: str | None = None) -> Gate:
-    """The ASGI application of one round."""
+def application(
+    store: Store,
+    round_id: int,
+    title: str,
+    name: str | None = None,
+    url: str | None = None,
+    guidelines: str | None = None,
+) -> Gate:
+    """The ASGI application of one round; arguments as of `serve`."""
     if name is not None:
         store.annotator(name)  # refuses a bad name now rather than in the browser
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
-    _add_entry(app, store, name)
-    component = _mount_page(app, store, round_id, title)
-    return Gate(app, store, component, {"hello", "step"})
+    add_entry(app, store, name, url)
+    calls = Calls(store, round_id, title, page_file("guidelines.md") if guidelines is None else guidelines)
+    component = _mount_page(app, calls, title)
+    return Gate(app, store, component, set(FUNCTIONS), url)
 
 
-def _add_entry(app: FastAPI, store: Store, default: str | None) -> None:
-    """Who is working: a name asked once, or the given one; then a session cookie."""
-
-    def begin(name: str) -> Response:
-        secret = store.start_session(store.annotator(name))
-        response = RedirectResponse("/label/", 303)
-        year = 365 * 24 * 3600
-        response.set_cookie(cookie_name(store), secret, max_age=year, httponly=True, samesite="strict")
-        return response
-
-    @app.get("/")
-    def root(request: Request) -> Response:
-        who = request.scope["annotator"]
-        if default is not None and (who is None or who[1] != default):
-            return begin(default)
-        return RedirectResponse("/enter" if who is None else "/label/", 303)
-
-    @app.get("/enter")
-    def ask() -> Response:
-        return _entry_page()
-
-    @app.post("/enter")
-    def enter(name: str = Form("")) -> Response:
-        try:
-            return begin(name.strip())
-        except DataError as error:
-            return _entry_page(str(error), 422)
-
-    @app.get("/whoami")
-    def whoami(request: Request) -> Response:
-        who = request.scope["annotator"]
-        return JSONResponse({"name": who and who[1]}, 401 if who is None else 200)
-
-    @app.get("/favicon.ico")
-    def icon() -> Response:
-        return Response(status_code=204)
-
-
-def _entry_page(error: str = "", status: int = 200) -> Response:
-    return HTMLResponse(Template(_page_file("enter.html")).substitute(error=escape(error)), status)
-
-
-def _mount_page(app: FastAPI, store: Store, round_id: int, title: str) -> int:
+def _mount_page(app: FastAPI, calls: Calls, title: str) -> int:
     """Mount the Gradio page at /label and return the id of its one component."""
     os.environ.update(QUIET)  # before the import
     import gradio as gr
 
-    hello, step = _server_functions(store, round_id, title, gr.Request)
     with gr.Blocks(title=f"prefloop: {title}", analytics_enabled=False) as blocks:
         stage = gr.HTML(
-            html_template=_page_file("stage.html"),
-            css_template=_page_file("stage.css"),
-            js_on_load=_page_file("stage.js"),
-            server_functions=[hello, step],
+            html_template=page_file("stage.html"),
+            css_template=page_file("stage.css"),
+            js_on_load="\n".join(map(page_file, SCRIPTS)),
+            server_functions=[_of_page(getattr(calls, name), gr.Request) for name in FUNCTIONS],
             apply_default_css=False,
         )
     gr.mount_gradio_app(
@@ -146,53 +115,16 @@ def _mount_page(app: FastAPI, store: Store, round_id: int, title: str) -> int:
     return int(stage._id)
 
 
-def _server_functions(
-    store: Store, round_id: int, title: str, request_type: type[Any]
-) -> tuple[Callable[..., Any], Callable[..., Any]]:
-    """The page's two calls. Gradio recognises the request argument by its annotation."""
+def _of_page(method: Callable[[object, Who], Any], request_type: type[Any]) -> Callable[..., Any]:
+    """Gradio hands the request to the argument that is annotated with its own type."""
 
-    def hello(_: object, request: Any) -> dict[str, Any]:
-        annotator, name = request.scope["annotator"]
-        past = store.history(round_id, annotator)
-        return {
-            "ok": True,
-            "database": store.id[:8],
-            "round": round_id,
-            "annotator": annotator,
-            "name": name,
-            "title": title,
-            "progress": _progress(store, round_id, annotator),
-            "history": [{**_task(shown), "preference": preference} for shown, preference in past],
-        }
+    def function(argument: object, request: Any) -> Any:
+        return method(argument, request.scope["annotator"])
 
-    def step(argument: object, request: Any) -> dict[str, Any]:
-        annotator, _ = request.scope["annotator"]
-        try:
-            asked = Step.model_validate(argument)
-            statuses, shown = store.step(round_id, annotator, asked.labels, asked.want)
-        except ValidationError as error:
-            first = error.errors()[0]
-            return {"error": f"not saved: {'.'.join(map(str, first['loc']))}: {first['msg']}"}
-        except DataError as error:
-            return {"error": f"not saved: {error}"}
-        answer = {"ok": True, "statuses": statuses, "tasks": [_task(task) for task in shown]}
-        if asked.count:
-            answer["progress"] = _progress(store, round_id, annotator)
-        return answer
-
-    for function in (hello, step):
-        function.__annotations__["request"] = request_type
-    return hello, step
+    function.__name__ = method.__name__
+    function.__annotations__["request"] = request_type
+    return function
 
 
-def _task(shown: Shown) -> dict[str, Any]:
-    return {"key": shown.key, "messages": shown.messages, "completions": shown.completions}
-
-
-def _progress(store: Store, round_id: int, annotator: int) -> dict[str, int]:
-    mine = store.progress(round_id, annotator)
-    return {"asked": mine.asked, "done": mine.done}
-
-
-def _page_file(name: str) -> str:
+def page_file(name: str) -> str:
     return (files("annotate") / "page" / name).read_text(encoding="utf-8")

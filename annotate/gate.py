@@ -5,7 +5,10 @@ of it open to whoever may see the page. This gate stands before it and lets thro
 """
 
 import json
+import re
+import time
 from http.cookies import CookieError, SimpleCookie
+from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import PlainTextResponse, RedirectResponse, Response
@@ -14,20 +17,29 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from annotate.store import Store
 
 HOSTS = ("127.0.0.1", "localhost")
-"""A page of another site cannot reach us under another name (DNS rebinding)."""
+"""Under another name no page of another site can reach us (DNS rebinding)."""
 OWN = {("GET", "/"), ("GET", "/enter"), ("POST", "/enter"), ("GET", "/whoami"), ("GET", "/favicon.ico")}
-ASSETS = ("/label/assets/", "/label/static/", "/label/theme.css")
+ASSETS = re.compile(r"/label/((assets|static)(/[\w-][\w.-]*)+|theme\.css)", re.ASCII)
 PAGE = {"/label/", "/label/config", "/label/gradio_api/startup-events", "/label/gradio_api/theme.css"}
 CALL = "/label/gradio_api/component_server"
 LARGEST = 256 * 1024
 """Bytes of a request: twenty labels with long reasons are a fifth of it."""
+LONGEST_HASH = 64
+"""Characters of a session hash, of which Gradio keeps the last ten thousand; the page's has eleven."""
+REMEMBERED = 2.0
+"""Seconds until a session is looked up again, and so until one that ended is shut out."""
+FORWARDED = (b"forwarded", b"x-forwarded-", b"x-gradio-")
+"""Headers by which Gradio would let a request say where the page lives."""
 HEADERS = {
     # Gradio's own page needs inline scripts and eval; nothing may be loaded from or sent to another host.
-    "content-security-policy": "default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval'; "
-    "style-src 'self' 'unsafe-inline'; img-src 'self' data: blob:; font-src 'self' data:; object-src 'none'; "
-    "base-uri 'self'; form-action 'self'; frame-ancestors 'none'",
-    "x-content-type-options": "nosniff",
+    "content-security-policy": "default-src 'none'; script-src 'self' 'unsafe-inline' 'unsafe-eval'; "
+    "style-src 'self' 'unsafe-inline'; img-src 'self' data:; font-src 'self'; connect-src 'self'; "
+    "manifest-src 'self'; base-uri 'self'; form-action 'self'; frame-ancestors 'none'",
+    "cross-origin-opener-policy": "same-origin",
+    "cross-origin-resource-policy": "same-origin",
+    "permissions-policy": "camera=(), geolocation=(), microphone=()",
     "referrer-policy": "same-origin",  # with no-referrer, browsers say "Origin: null" of our own form
+    "x-content-type-options": "nosniff",
 }
 
 
@@ -38,23 +50,32 @@ Who = tuple[int, str]
 class Gate:
     """ASGI middleware; what it lets through finds the annotator in its scope under "annotator"."""
 
-    def __init__(self, app: ASGIApp, store: Store, component: int, functions: set[str]):
-        """`component` is the id of the page's stage, `functions` the server functions it may call."""
+    def __init__(
+        self, app: ASGIApp, store: Store, component: int, functions: set[str], url: str | None = None
+    ):
+        """`component` is the id of the page's stage, `functions` the server functions it may call.
+
+        `url`: the address of a proxy before us, if any, as `annotate.entry.public_url` returns it.
+        """
         self.app = app
         self.store = store
         self.component = component
         self.functions = functions
-        self._known: dict[str, Who] = {}
+        self.url = url
+        self._known: dict[str, tuple[Who, float]] = {}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             if scope["type"] == "lifespan":
                 await self.app(scope, receive, send)
             return
+        scope = {**scope, "headers": [pair for pair in scope["headers"] if not pair[0].startswith(FORWARDED)]}
         headers = Headers(scope=scope)
         scope["annotator"] = self._who(headers)
-        answer: ASGIApp = _refusal(scope, headers) or self.app
-        if answer is self.app and scope["path"].rstrip("/") == CALL:
+        origin = self._origin(headers.get("host", ""))
+        scope["scheme"] = (origin or "http").partition(":")[0]
+        answer: ASGIApp = _foreign(headers, origin) or _refusal(scope, headers) or self.app
+        if answer is self.app and scope["path"] in (CALL, CALL + "/"):
             body = await _read(receive)
             receive = _replay(body)
             if not self._is_call(body):
@@ -68,22 +89,33 @@ class Gate:
             return None
         if morsel is None:
             return None
-        found = self._known.get(morsel.value) or self.store.session(morsel.value)
-        if found:
-            self._known[morsel.value] = found
+        found, until = self._known.get(morsel.value, (None, 0.0))
+        if time.monotonic() >= until:
+            found = self.store.session(morsel.value)
+            self._known.pop(morsel.value, None)
+            if found:
+                self._known[morsel.value] = found, time.monotonic() + REMEMBERED
         return found
+
+    def _origin(self, host: str) -> str | None:
+        """Where the browser believes to be; None where that is neither this machine nor our proxy."""
+        if host.rsplit(":", 1)[0] in HOSTS:
+            return f"http://{host}"
+        return self.url if self.url and host == urlsplit(self.url).netloc else None
 
     def _is_call(self, body: bytes) -> bool:
         try:
             call = json.loads(body)
-        except ValueError:
+        except (ValueError, RecursionError):
             return False
         return (
             isinstance(call, dict)
             and call.keys() == {"data", "component_id", "fn_name", "session_hash"}
             and call["component_id"] == self.component
+            and isinstance(call["fn_name"], str)
             and call["fn_name"] in self.functions
             and isinstance(call["session_hash"], str)
+            and len(call["session_hash"]) <= LONGEST_HASH
         )
 
 
@@ -92,26 +124,34 @@ def cookie_name(store: Store) -> str:
     return f"prefloop-{store.id[:8]}"
 
 
+def _foreign(headers: Headers, origin: str | None) -> Response | None:
+    """A link on another site may lead here; a form, script, image or fetch there may not."""
+    if origin is None:
+        return PlainTextResponse("this page does not answer under that name", 421)
+    site, mode = headers.get("sec-fetch-site", "none"), headers.get("sec-fetch-mode", "navigate")
+    embedded = site not in ("same-origin", "none") and mode != "navigate"
+    if embedded or headers.get("origin", origin) != origin:
+        return PlainTextResponse("not from another site", 403)
+    return None
+
+
 def _refusal(scope: Scope, headers: Headers) -> Response | None:
     method, path = scope["method"], scope["path"]
-    host = headers.get("host", "")
-    if host.rsplit(":", 1)[0] not in HOSTS:
-        return PlainTextResponse("this page answers on 127.0.0.1 only", 421)
-    if headers.get("origin", f"http://{host}") != f"http://{host}":
-        return PlainTextResponse("not from another site", 403)
-    if method == "POST" and not headers.get("content-length", "").isdigit():
+    length = headers.get("content-length", "" if method == "POST" else "0")
+    if not re.fullmatch(r"[0-9]{1,12}", length):
         return PlainTextResponse("length required", 411)
-    if int(headers.get("content-length", "0") or 0) > LARGEST:
+    if int(length) > LARGEST:
         return PlainTextResponse("too large", 413)
     if (method, path) in OWN:
         return None
-    page = method == "GET" and (path in PAGE or (path.startswith(ASSETS) and ".." not in path))
-    call = method == "POST" and path.rstrip("/") == CALL
+    asset = method == "GET" and ASSETS.fullmatch(path) is not None
+    page = asset or (method == "GET" and path in PAGE)
+    call = method == "POST" and path in (CALL, CALL + "/")
     if not page and not call:
         return PlainTextResponse("no such page", 404)
     if call and not headers.get("content-type", "").startswith("application/json"):
         return PlainTextResponse("JSON only", 415)
-    if scope["annotator"] is None and not path.startswith(ASSETS):
+    if scope["annotator"] is None and not asset:
         return (
             RedirectResponse("/enter", 303)
             if path == "/label/"

@@ -8,18 +8,20 @@ import re
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 from sqlalchemy import Connection, Integer, and_, bindparam, func, insert, or_, select, text, update
 from sqlalchemy.orm import aliased
 
 from annotate.records import draw
-from annotate.schema import Annotator, Judgement, Prompt, Response, Round, Slot, Task, View
+from annotate.schema import Annotator, Guideline, Judgement, Prompt, Response, Round, Slot, Task, View
 
 TOKEN = re.compile(r"(\d{1,15})-(\d{1,9})-[0-9a-z]{1,20}", re.ASCII)
 """slot - lease - anything that tells this attempt from others. A retry must send the same token."""
 
+KEY = Annotated[str, Field(pattern=r"^[0-9]{1,15}-[0-9]{1,9}$")]
+"""slot - lease"""
 Status = Literal["saved", "duplicate", "late", "refused"]
 """duplicate: this token was recorded before. late: the task had gone to someone else; kept, not counted.
 refused: the task was never shown to this annotator in this round; nothing is kept."""
@@ -33,9 +35,19 @@ class Label(BaseModel):
     token: Annotated[str, Field(pattern=f"^{TOKEN.pattern}$")]
     preference: Annotated[int, Field(ge=-3, le=3)] | None
     """None: skipped."""
+    both_bad: bool = False
+    """A tie because neither is any good."""
     reason: Annotated[str, Field(max_length=2000)] | None = None
+    guidelines: Annotated[str, Field(pattern="^[0-9a-f]{16}$")] | None = None
+    """Those read before, as `Store.guidelines` names them."""
     client_ms: Annotated[int, Field(ge=0, le=10**10)] | None = None
     """Milliseconds from showing the task to the key."""
+
+    @model_validator(mode="after")
+    def _both_bad_is_a_tie(self) -> Self:
+        if self.both_bad and self.preference != 0:
+            raise ValueError("both_bad is a tie: preference 0")
+        return self
 
 
 @dataclass(frozen=True)
@@ -48,6 +60,15 @@ class Shown:
     messages: list[dict[str, str]]
     completions: list[str]
     """In the order shown."""
+
+
+@dataclass(frozen=True)
+class Past:
+    """A task that was labelled, with the current label in the order shown."""
+
+    shown: Shown
+    preference: int | None
+    both_bad: bool
 
 
 def record(x: Connection, round_id: int, me: int, labels: Sequence[Label]) -> list[Status]:
@@ -109,13 +130,21 @@ def claim(x: Connection, round_id: int, me: int, want: int) -> list[Shown]:
     return _show(x, x.execute(_OPEN, {"slots": ids}).all(), ids)
 
 
-def history(x: Connection, round_id: int, me: int, limit: int) -> list[tuple[Shown, int | None]]:
-    """The last tasks annotator `me` labelled, oldest first, with the current label in the order shown."""
+def history(x: Connection, round_id: int, me: int, limit: int) -> list[Past]:
+    """The last tasks annotator `me` labelled, oldest first."""
     rows = x.execute(_HISTORY, {"round": round_id, "me": me, "n": limit}).all()[::-1]
     shown = _show(x, rows, [row.slot_id for row in rows])
     return [
-        (task, as_shown(row.preference, row.display_order)) for task, row in zip(shown, rows, strict=True)
+        Past(task, as_shown(row.preference, row.display_order), row.both_bad)
+        for task, row in zip(shown, rows, strict=True)
     ]
+
+
+def held(x: Connection, round_id: int, me: int, keys: Sequence[str]) -> list[Shown]:
+    """Those of these tasks (`Shown.key`) that are annotator `me`'s, open or labelled."""
+    slots = {int(key.split("-")[0]) for key in keys}
+    rows = x.execute(_HELD_BY, {"slots": slots, "round": round_id, "me": me}).all()
+    return [shown for shown in _show(x, rows, [row.slot_id for row in rows]) if shown.key in keys]
 
 
 def _show(x: Connection, rows: Sequence[Any], slots: Sequence[int]) -> list[Shown]:
@@ -160,7 +189,9 @@ def _row(label: Label, view: Any, me: int, rev: int | None) -> dict[str, Any]:
         "rev": rev,
         "token": label.token,
         "preference": as_shown(label.preference, view.display_order),
+        "both_bad": label.both_bad,
         "reason": label.reason,
+        "read": label.guidelines,
         "client_ms": label.client_ms,
         "at": time.time(),
     }
@@ -215,6 +246,7 @@ _HELD = (
     .join(Prompt, Prompt.id == Task.prompt_id)
 )
 _OPEN = _HELD.where(Slot.id.in_(_slots))
+_HELD_BY = _OPEN.where(View.annotator_id == _me, Slot.round_id == _round)
 _TEXTS = select(Response.id, Response.text).where(Response.id.in_(bindparam("ids", expanding=True)))
 _SHOWN = (
     select(View.slot_id, View.lease, View.display_order)
@@ -228,20 +260,23 @@ _REVISIONS = (
     .group_by(Judgement.slot_id)
 )
 _SEEN = select(Judgement.token).where(Judgement.token.in_(bindparam("tokens", expanding=True)))
-_JUDGE = insert(Judgement.__table__)  # type: ignore[arg-type]
+_JUDGE = insert(Judgement.__table__).values(  # type: ignore[arg-type]
+    guidelines=select(Guideline.sha).where(Guideline.sha == bindparam("read")).scalar_subquery()
+)
 _DONE = update(Slot).where(Slot.id.in_(_slots)).values(state="done", lease_until=None)
+_last = aliased(Judgement)
 _HISTORY = (
-    _HELD.add_columns(
-        select(Judgement.preference)
-        .where(Judgement.slot_id == Slot.id, Judgement.rev.is_not(None))
-        .order_by(Judgement.rev.desc())
-        .limit(1)
+    _HELD.add_columns(_last.preference, _last.both_bad)
+    .join(_first, and_(_first.slot_id == Slot.id, _first.rev == 0))
+    .join(_last, _last.slot_id == Slot.id)
+    .where(_first.annotator_id == _me, Slot.round_id == _round)
+    .where(
+        _last.rev
+        == select(func.max(Judgement.rev))
+        .where(Judgement.slot_id == Slot.id)
         .correlate(Slot)
         .scalar_subquery()
-        .label("preference")
     )
-    .join(_first, and_(_first.slot_id == Slot.id, _first.rev == 0))
-    .where(_first.annotator_id == _me, Slot.round_id == _round)
     .order_by(_first.id.desc())
     .limit(_n)
 )

@@ -17,13 +17,15 @@ import json
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import IO, Any, Literal, Self, TypeVar
+from typing import IO, Annotated, Any, Literal, Self, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
 
 Split = Literal["train", "validation", "test"]
 Use = Literal["sft", "preference", "policy"]
 Kind = Literal["person", "model", "simulated"]
+Text = Annotated[str, StringConstraints(min_length=0)]
+"""Any text that can be written as UTF-8: a limit, even this one, makes pydantic refuse lone surrogates."""
 
 
 class DataError(ValueError):
@@ -34,7 +36,7 @@ class Message(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     role: Literal["system", "user", "assistant"]
-    content: str
+    content: Text
 
 
 class Row(BaseModel):
@@ -52,14 +54,14 @@ class Row(BaseModel):
 
 
 class Record(Row):
-    completion: str | None = None
+    completion: Text | None = None
     """A demonstration; None where there is only a prompt."""
 
 
 class Completion(Row):
     policy: str
     """Digest of the policy that wrote it."""
-    completion: str
+    completion: Text
     tokens: list[int]
     """Token ids as sampled, the stop token included when there was one."""
     logprobs: list[float]
@@ -69,7 +71,7 @@ class Completion(Row):
 
 
 class Item(Row):
-    completions: list[str] = Field(min_length=2)
+    completions: list[Text] = Field(min_length=2)
     policies: list[str] = []
     """Who wrote each completion; never sent to the browser."""
 
@@ -84,7 +86,7 @@ class Judgement(Row):
     For more than two completions `ranking` gives each completion's rank (1 = best, equal numbers = tie).
     """
 
-    completions: list[str] = Field(min_length=2)
+    completions: list[Text] = Field(min_length=2)
     annotator: str
     kind: Kind
     round: str
@@ -107,7 +109,7 @@ class Judgement(Row):
 class Evaluation(Row):
     policy: str
     """Name of the row in the table (sft, dpo, best-of-8 (rm) ...)."""
-    completion: str
+    completion: Text
     length: int
     """Tokens, the stop token included."""
     stopped: bool

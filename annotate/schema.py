@@ -25,8 +25,17 @@ from sqlalchemy import (
 )
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
-VERSION = 1
-"""Of this schema; stored in the database, and a database of another version is refused."""
+VERSION = 2
+"""Of this schema; stored in the database. One of another version is brought here by UPGRADES, or refused."""
+UPGRADES = {
+    1: (
+        "ALTER TABLE judgements ADD COLUMN both_bad BOOLEAN DEFAULT 0 NOT NULL "
+        "CHECK (NOT both_bad OR (preference IS NOT NULL AND preference = 0))",
+        "ALTER TABLE judgements ADD COLUMN guidelines VARCHAR REFERENCES guidelines (sha)",
+        "UPDATE database SET version = 2",
+    )
+}
+"""Version -> statements that lead to the next one. They add; labels stay as they are."""
 
 
 class Base(DeclarativeBase):
@@ -152,6 +161,14 @@ class View(Base):
     __table_args__ = (UniqueConstraint("slot_id", "lease", "annotator_id"),)
 
 
+class Guideline(Base):
+    """A text that told annotators how to judge, under its hash."""
+
+    __tablename__ = "guidelines"
+    sha: Mapped[str] = mapped_column(primary_key=True)
+    text: Mapped[str]
+
+
 class Judgement(Base):
     """Everything anyone ever said: append-only. The current label of a slot is its highest revision."""
 
@@ -165,7 +182,11 @@ class Judgement(Base):
     token: Mapped[str] = mapped_column(unique=True)
     preference: Mapped[int | None]
     """In canonical order: positive says that the FIRST completion is better. None: skipped."""
+    both_bad: Mapped[bool] = mapped_column(server_default=text("0"))
+    """A tie because neither reply is any good."""
     reason: Mapped[str | None]
+    guidelines: Mapped[str | None] = mapped_column(ForeignKey("guidelines.sha"))
+    """Those the annotator had read; None: not known."""
     client_ms: Mapped[int | None]
     """Milliseconds from showing the task to the key."""
     at: Mapped[float]
@@ -175,6 +196,7 @@ class Judgement(Base):
             ["slot_id", "lease", "annotator_id"], ["views.slot_id", "views.lease", "views.annotator_id"]
         ),
         CheckConstraint("preference between -3 and 3"),
+        CheckConstraint("NOT both_bad OR (preference IS NOT NULL AND preference = 0)"),
         CheckConstraint("rev >= 0"),
         Index("judgements_annotator", "annotator_id", "id"),
     )
@@ -186,6 +208,15 @@ class Session(Base):
     __tablename__ = "sessions"
     sha: Mapped[str] = mapped_column(primary_key=True)
     annotator_id: Mapped[int] = mapped_column(ForeignKey("annotators.id"))
+    at: Mapped[float]
+
+
+class Invitation(Base):
+    """The link by which an annotator enters; as with sessions, only the hash of its secret is stored."""
+
+    __tablename__ = "invitations"
+    annotator_id: Mapped[int] = mapped_column(ForeignKey("annotators.id"), primary_key=True)
+    sha: Mapped[str] = mapped_column(unique=True)
     at: Mapped[float]
 
 

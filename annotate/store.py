@@ -7,7 +7,6 @@ rely on it. The guarantees are in `annotate.schema`, the two hot functions in `a
 
 import hashlib
 import os
-import re
 import secrets
 import threading
 import time
@@ -16,16 +15,38 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from sqlalchemy import Connection, Engine, bindparam, create_engine, event, func, insert, or_, select, update
-from sqlalchemy.engine import make_url
-from sqlalchemy.exc import ArgumentError, DatabaseError, IntegrityError
+from sqlalchemy import (
+    Connection,
+    bindparam,
+    delete,
+    func,
+    insert,
+    or_,
+    select,
+    update,
+)
+from sqlalchemy.exc import DatabaseError, IntegrityError
 
 from annotate import queue, rounds
-from annotate.queue import Label, Shown, Status
+from annotate.engine import open_engine
+from annotate.queue import Label, Past, Shown, Status
 from annotate.records import DataError, Item, Kind
-from annotate.schema import VERSION, Annotator, Base, Database, Judgement, Round, Session, Slot, Task, View
+from annotate.schema import (
+    UPGRADES,
+    VERSION,
+    Annotator,
+    Base,
+    Database,
+    Guideline,
+    Invitation,
+    Judgement,
+    Round,
+    Session,
+    Slot,
+    Task,
+    View,
+)
 
 LEASE = 1800.0
 """Seconds that a task shown to someone waits for them before someone else may take it over."""
@@ -57,7 +78,7 @@ class Store:
 
     def __init__(self, url: str | None = None):
         self.url = url or default_url()
-        self._engine = _engine(self.url)
+        self._engine = open_engine(self.url)
         # Threads of one process queue here: SQLite's own way of waiting sleeps, which costs more than half.
         self._one_writer = threading.Lock()
         with self._write() as x:
@@ -65,17 +86,20 @@ class Store:
             if x.execute(select(func.count()).select_from(Database)).scalar() == 0:
                 x.execute(insert(Database), {"id": uuid.uuid4().hex, "version": VERSION})
             self.id, version = x.execute(select(Database.id, Database.version)).one()
-        if version != VERSION:
-            raise DataError(
-                f"{self.url}: version {version} of the label database, this prefloop needs {VERSION}"
-            )
+            if version != VERSION and version not in UPGRADES:
+                raise DataError(
+                    f"{self.url}: version {version} of the label database, this prefloop needs {VERSION}"
+                )
+            for old in range(version, VERSION):
+                for statement in UPGRADES[old]:
+                    x.exec_driver_sql(statement)
 
     def close(self) -> None:
         self._engine.dispose()
 
     def annotator(self, name: str, kind: Kind = "person") -> int:
         """Id of the annotator of this pseudonym and kind, made if new."""
-        if not re.fullmatch(r"[^\x00-\x1f\x7f]{1,60}", name) or name != name.strip():
+        if not 1 <= len(name) <= 60 or not name.isprintable() or name != name.strip():
             raise DataError(f"annotator name {name!r}: 1 to 60 printable characters, no space at either end")
         with self._write() as x:
             same = select(Annotator.id).where(Annotator.name == name, Annotator.kind == kind)
@@ -135,10 +159,22 @@ class Store:
             shown = queue.claim(x, round_id, annotator, want) if want else []
         return statuses, shown
 
-    def history(self, round_id: int, annotator: int, limit: int = 20) -> list[tuple[Shown, int | None]]:
-        """The last tasks this annotator labelled, oldest first, with the current label in the order shown."""
+    def history(self, round_id: int, annotator: int, limit: int = 20) -> list[Past]:
+        """The last tasks this annotator labelled, oldest first."""
         with self._read() as x:
             return queue.history(x, round_id, annotator, limit)
+
+    def held(self, round_id: int, annotator: int, keys: Sequence[str]) -> list[Shown]:
+        """Those of these tasks (`Shown.key`) that are this annotator's, open or labelled."""
+        with self._read() as x:
+            return queue.held(x, round_id, annotator, keys)
+
+    def guidelines(self, text: str) -> str:
+        """Keep this text, and return the name under which labels refer to it."""
+        sha = _sha(text)[:16]
+        with self._write() as x:
+            x.execute(insert(Guideline).prefix_with("OR IGNORE"), {"sha": sha, "text": text})
+        return sha
 
     def progress(self, round_id: int, annotator: int | None = None) -> Progress:
         """Slots of the present list; for one annotator, tasks they did and tasks they could do."""
@@ -174,6 +210,20 @@ class Store:
         with self._read() as x:
             found = [Current(*row) for row in x.execute(query)]
         return sorted(found, key=lambda label: (label.task, label.annotator))
+
+    def invite(self, name: str) -> str:
+        """A secret by which this person enters. Ends the invitation and the sessions they had before."""
+        me, secret = self.annotator(name), secrets.token_urlsafe(32)
+        with self._write() as x:
+            x.execute(delete(Session).where(Session.annotator_id == me))
+            x.execute(delete(Invitation).where(Invitation.annotator_id == me))
+            x.execute(insert(Invitation), {"annotator_id": me, "sha": _sha(secret), "at": time.time()})
+        return secret
+
+    def invited(self, secret: str) -> int | None:
+        """Id of the annotator whose invitation this is."""
+        with self._read() as x:
+            return x.execute(select(Invitation.annotator_id).where(Invitation.sha == _sha(secret))).scalar()
 
     def start_session(self, annotator: int) -> str:
         """A secret for the browser's cookie. Sessions survive a restart of the server."""
@@ -219,32 +269,5 @@ _SESSION = (
 )
 
 
-def _engine(url: str) -> Engine:
-    try:
-        parsed = make_url(url)
-    except ArgumentError:
-        raise DataError(f"{url}: not a database URL; write sqlite:///path/to/labels.db") from None
-    if parsed.get_backend_name() != "sqlite" or parsed.database in (None, "", ":memory:"):
-        raise DataError(f"{url}: labels need a file that survives; write sqlite:///path/to/labels.db")
-    try:
-        Path(str(parsed.database)).parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise DataError(f"{url}: cannot make its folder ({error.strerror})") from None
-    engine = create_engine(parsed, connect_args={"timeout": 30}, pool_size=16, max_overflow=48)
-
-    @event.listens_for(engine, "connect")
-    def _connect(connection: Any, _: object) -> None:
-        connection.isolation_level = None  # BEGIN is ours, below
-        for pragma in ("busy_timeout=30000", "journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON"):
-            connection.execute(f"PRAGMA {pragma}")
-
-    @event.listens_for(engine, "begin")
-    def _begin(x: Connection) -> None:
-        # The write lock up front: a transaction that reads first and writes later can deadlock with another.
-        x.exec_driver_sql("BEGIN" if x.get_execution_options().get("read") else "BEGIN IMMEDIATE")
-
-    return engine
-
-
 def _sha(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()
+    return hashlib.sha256(text.encode(errors="replace")).hexdigest()

@@ -1,7 +1,9 @@
 """Prompts with their completions, as token ids, and the tensors that a forward pass takes them in."""
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -113,17 +115,29 @@ class Batch:
 def micro_batches(examples: Sequence[Any], max_tokens: int, shared: bool = False) -> Iterator[list[int]]:
     """Indices in groups of similar length whose padded size stays under `max_tokens` (one example at least).
 
-    `examples` have `row_lengths`. Sorting by length is what saves padding; the order of the groups does not
-    matter to a loss that is normalised over the whole step.
+    Of all cuts of the examples, sorted by length, the one with the least padding, where a group more costs as
+    much as OVERHEAD of the budget: small groups pad little, and leave the machine waiting between them. The
+    order of the groups does not matter to a loss that is normalised over the whole step. `examples` have
+    `row_lengths`.
     """
     lengths = [example.row_lengths(shared) for example in examples]
-    group: list[int] = []
-    rows = 0
-    for index in sorted(range(len(examples)), key=lambda i: (max(lengths[i]), i)):
-        if group and (rows + len(lengths[index])) * max(lengths[index]) > max_tokens:
-            yield group
-            group, rows = [], 0
-        group.append(index)
-        rows += len(lengths[index])
-    if group:
-        yield group
+    order = sorted(range(len(examples)), key=lambda i: (max(lengths[i]), i))
+    cost, starts = [0.0], [0]  # of the best cut of the first examples; where its last group starts
+    for end, last in enumerate(order, 1):
+        longest, rows, best = max(lengths[last]), 0, (math.inf, end - 1)
+        for start in range(end - 1, -1, -1):
+            rows += len(lengths[order[start]])
+            if rows * longest > max_tokens and start < end - 1:
+                break
+            best = min(best, (cost[start] + rows * longest + OVERHEAD * max_tokens, start))
+        cost.append(best[0])
+        starts.append(best[1])
+    ends = [len(order)]
+    while ends[-1] > 0:
+        ends.append(starts[ends[-1]])
+    for end, start in reversed(list(pairwise(ends))):
+        yield order[start:end]
+
+
+OVERHEAD = 1 / 8
+"""Of the token budget: what a micro-batch costs beside its tokens."""

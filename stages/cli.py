@@ -30,6 +30,8 @@ commands
   status CONFIG    what is complete, what is not, and why
   clean CONFIG     remove runs that these settings no longer lead to (lists them and asks first; --yes)
   annotate CONFIG  open the labelling page (--port 7860; --as NAME, else the page asks who you are)
+                     --url https://label.example.org   others enter, by invitation, through a proxy there
+                     --invite NAME   print the link by which NAME enters, and no more
   chat RUN         talk to a policy
 
   {stages}
@@ -182,11 +184,17 @@ def _clean(argv: list[str], command: str) -> int:
 def _annotate(argv: list[str], command: str) -> int:
     parser = _parser("annotate")
     parser.add_argument("--port", type=int, default=7860)
-    parser.add_argument("--as", dest="name", metavar="NAME")
+    who = parser.add_mutually_exclusive_group()
+    who.add_argument("--as", dest="name", metavar="NAME")
+    who.add_argument("--url", metavar="URL")
+    parser.add_argument("--invite", metavar="NAME")
     args = parser.parse_intermixed_args(argv)
-    from stages.people import annotate
+    from stages.people import annotate, invite
 
-    annotate(args.config, args.overrides, args.port, args.name)
+    if args.invite is not None:
+        print(invite(args.config, args.overrides, args.invite, args.url or f"http://127.0.0.1:{args.port}"))
+    else:
+        annotate(args.config, args.overrides, args.port, args.name, args.url)
     return 0
 
 

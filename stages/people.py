@@ -21,26 +21,58 @@ PORT = 7860
 
 
 def annotate(
-    config_path: str | Path, overrides: Sequence[str] = (), port: int | None = None, name: str | None = None
+    config_path: str | Path,
+    overrides: Sequence[str] = (),
+    port: int = PORT,
+    name: str | None = None,
+    url: str | None = None,
 ) -> None:
     """Serve the labelling page of an experiment's newest sampled items on 127.0.0.1 until interrupted.
 
-    The browser asks who is working unless `name` is given. UserError where there is nothing to label yet.
+    The browser asks who is working unless `name` is given; with a `url`, the address of a proxy before this
+    machine, people enter by invitation only. CONFIG.guidelines.md beside the configuration is what they read
+    before work. UserError where there is nothing to label yet.
     """
-    experiment = load(config_path, overrides)
-    stage = next((stage for stage, kind in experiment.kinds.items() if kind == "collect"), None)
-    if stage is None:
-        raise UserError(f"{config_path}: has no stage of kind collect, so there is nothing to label")
-    config: Any = experiment.stages[stage]
+    experiment, stage, config = _collecting(config_path, overrides)
     seed = experiment.seed if config.seed is None else config.seed
     items = pairs(_newest_items(experiment, config.items, seed))
 
     from annotate.app import serve
+    from annotate.entry import public_url
     from annotate.store import Store
 
+    url = public_url(url) if url else None
     store = Store(config.db)
     round_id = open_round(store, items, experiment.name, stage, seed, config.overlap)
-    serve(store, round_id, experiment.name, name, PORT if port is None else port)
+    serve(store, round_id, experiment.name, name, port, url, _guidelines(Path(config_path)))
+
+
+def _guidelines(config_path: Path) -> str | None:
+    """The text beside `experiment.yaml` that is called `experiment.guidelines.md`, if there is one."""
+    path = config_path.with_suffix(".guidelines.md")
+    try:
+        return path.read_text(encoding="utf-8") if path.exists() else None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 ({error.reason} at byte {error.start})") from None
+
+
+def invite(config_path: str | Path, overrides: Sequence[str], name: str, url: str) -> str:
+    """A new link by which `name` enters the page at `url`. The link before, and its sessions, end."""
+    config = _collecting(config_path, overrides)[2]
+
+    from annotate.entry import invitation, public_url
+    from annotate.store import Store
+
+    return invitation(Store(config.db), name, public_url(url))
+
+
+def _collecting(config_path: str | Path, overrides: Sequence[str]) -> tuple[Experiment, str, Any]:
+    """The experiment, the name of its first stage of kind collect, and that stage's settings."""
+    experiment = load(config_path, overrides)
+    stage = next((stage for stage, kind in experiment.kinds.items() if kind == "collect"), None)
+    if stage is None:
+        raise UserError(f"{config_path}: has no stage of kind collect, so there is nothing to label")
+    return experiment, stage, experiment.stages[stage]
 
 
 def pairs(path: str | Path) -> dict[str, Item]:

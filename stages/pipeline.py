@@ -1,6 +1,5 @@
 """Runs what an experiment lacks: stage after stage, in this process, each in its own locked folder."""
 
-import ctypes
 import gc
 import logging
 import random
@@ -38,7 +37,6 @@ def run(
     _check_reachable(plan, todo, force)
     if len(nodes) > len(todo):
         screen.say(f"{len(nodes) - len(todo)} of {len(nodes)} stages are complete")
-    _keep_freed_memory()
     with screen.live():
         screen.stages(0, len(todo), "checking settings")  # imports torch: some seconds
         check_libraries(plan.experiment, dict.fromkeys(node.stage for node in todo))
@@ -142,19 +140,6 @@ def _hide_bars() -> None:
     enable_progress_bars()
     # Of checkpoints whose files are equally old: they are then ordered by number, which is right.
     logging.getLogger("transformers.trainer_utils").setLevel(logging.ERROR)
-
-
-def _keep_freed_memory() -> None:
-    """Have glibc keep what a step frees for the next one, which asks for tensors of the same sizes.
-
-    By default it gives large blocks back to the system, and every step pays for the page faults of getting
-    them again: about a tenth of a training step of the quickstart. Other C libraries are left alone.
-    """
-    trim_threshold, mmap_threshold = -1, -3  # malloc.h
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    if mallopt is not None:
-        mallopt(trim_threshold, 2**30)
-        mallopt(mmap_threshold, 2**25)  # the most that 64-bit glibc takes
 
 
 def _tidy() -> None:

@@ -122,7 +122,7 @@ def test_a_label_goes_in_and_comes_back_as_history(server: Server) -> None:
     assert answer["statuses"] == ["saved"] and answer["progress"]["done"] == before + 1
     assert answer["tasks"][0] == second and first not in answer["tasks"]
     assert ann.step(label)["statuses"] == ["duplicate"]
-    assert ann.call("hello", {})[1]["history"] == [{**first, "preference": -2}]
+    assert ann.call("hello", {})[1]["history"] == [{**first, "preference": -2, "both_bad": False}]
 
 
 def test_nothing_the_browser_gets_names_a_policy(server: Server) -> None:
@@ -130,6 +130,23 @@ def test_nothing_the_browser_gets_names_a_policy(server: Server) -> None:
     for path in ("/label/", "/label/config"):
         assert POLICY.encode() not in ann.request("GET", path)[2]
     assert POLICY not in json.dumps(ann.step(want=10)) + json.dumps(ann.call("hello", {}))
+
+
+def test_markdown_is_rendered_safely_and_only_for_who_holds_the_task(server: Server) -> None:
+    ann, bob = Browser(server, "reader"), Browser(server, "peeper")
+    [task] = ann.step(want=1)["tasks"]
+    html = [f"<p>{text}</p>\n" for text in task["completions"]]
+    assert ann.call("markdown", {"keys": [task["key"]]})[1]["html"][task["key"]]["completions"] == html
+    assert bob.call("markdown", {"keys": [task["key"]]})[1] == {"ok": True, "html": {}}
+    for bad in (
+        None,
+        {},
+        {"keys": "1-1"},
+        {"keys": ["1"]},
+        {"keys": ["1-1"] * 11},
+        {"keys": [], "texts": ["x"]},
+    ):
+        assert ann.call("markdown", bad)[1]["error"].startswith("not rendered")
 
 
 def test_another_persons_task_is_refused_and_stays_theirs(server: Server) -> None:
@@ -288,7 +305,8 @@ def test_a_taken_port_and_a_bad_name_say_so(server: Server, tmp_path: Path) -> N
         serve(store, 1, "r", name="\n", port=0)
 
 
-def kill_under_load(url: str, kills: int, people: int, seconds: float) -> None:
+def kill_under_load(url: str, kills: int, people: int, seconds: float) -> int:
+    """Kills the server so often while people label; how many labels were acknowledged, all of them found."""
     store = Store(url)
     store.open_round("r", [item(n) for n in range(4000)])
     acknowledged: list[str] = []
@@ -325,6 +343,7 @@ def kill_under_load(url: str, kills: int, people: int, seconds: float) -> None:
         assert x.execute(text(half)).scalar() == 0
     assert len(acknowledged) > 20 * kills
     assert set(acknowledged) <= stored
+    return len(acknowledged)
 
 
 def test_kill_9_loses_no_acknowledged_label(tmp_path: Path) -> None:

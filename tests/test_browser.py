@@ -1,35 +1,18 @@
 """The real page in headless Chromium, worked by keyboard, and what then lies in the database."""
 
-import os
 import re
-import shutil
-import signal
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from playwright.sync_api import Browser, BrowserContext, Page, sync_playwright
+from playwright.sync_api import Browser
 from sqlalchemy import text
 
 from annotate.queue import Label
 from annotate.records import Item, Message, prompt_id
-from annotate.store import Current, Store
+from tests.desk import Desk, Served, chromium
 
-FLAGS = [
-    *("--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking"),
-    *("--disable-component-update", "--no-first-run"),
-]
-SERVER = """
-import sys
-from annotate.app import serve
-from annotate.store import Store
-serve(Store(sys.argv[1]), 1, "a round", None, port=int(sys.argv[2]))
-"""
-KEYS = {"1": 3, "2": 2, "3": 1, "4": 0, "5": -1, "6": -2, "7": -3}
-"""Positive: the reply on the left is better."""
 HOSTILE = (
     "<img src=x onerror='window.hacked=1'><script>window.hacked=1</script>${window.hacked=1}{{7*7}} **bold**"
 )
@@ -45,103 +28,28 @@ ITEMS = {i.task: i for i in map(item, range(40))}
 
 
 @pytest.fixture(scope="module")
-def chromium() -> Iterator[Browser]:
-    with sync_playwright() as playwright:
-        path = shutil.which("chromium") or playwright.chromium.executable_path
-        if not Path(path).exists():
-            message = "no Chromium: `apt-get install chromium`, or `python -m playwright install chromium`"
-            (pytest.fail if os.environ.get("CI") else pytest.skip)(message)
-        browser = playwright.chromium.launch(executable_path=path, args=FLAGS)
+def browser() -> Iterator[Browser]:
+    with chromium() as browser:
         yield browser
-        browser.close()
-
-
-class Served:
-    """A database and the page on it, in a process that can be killed and started again on its port."""
-
-    def __init__(self, folder: Path, overlap: int = 20):
-        self.store = Store(f"sqlite:///{folder}/labels.db")
-        self.round = self.store.open_round("r", list(ITEMS.values()), overlap=overlap)
-        self.port = 0
-        self.start()
-
-    def start(self) -> None:
-        command = [sys.executable, "-c", SERVER, self.store.url, str(self.port)]
-        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-        assert self.process.stdout is not None
-        found = re.search(r"127\.0\.0\.1:(\d+)", self.process.stdout.readline())
-        assert found is not None
-        self.port = int(found[1])
-
-    def kill(self) -> None:
-        self.process.send_signal(signal.SIGKILL)
-        self.process.communicate()
-
-    def labels(self, who: str) -> dict[str, Current]:
-        return {label.task: label for label in self.store.labels(self.round) if label.annotator == who}
 
 
 @pytest.fixture(scope="module")
 def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    served = Served(tmp_path_factory.mktemp("browser"))
+    served = Served(tmp_path_factory.mktemp("browser"), ITEMS.values())
     yield served
     served.kill()
 
 
-Visit = Callable[..., "Desk"]
-
-
-class Desk:
-    """An annotator at the page."""
-
-    def __init__(self, context: BrowserContext, port: int, name: str):
-        self.page: Page = context.new_page()
-        self.home = f"http://127.0.0.1:{port}"
-        self.faults: list[str] = []
-        self.requests: list[str] = []
-        self.page.on("pageerror", lambda error: self.faults.append(str(error)))
-        self.page.on("request", lambda request: self.requests.append(request.url))
-        self.page.goto(self.home)
-        self.page.fill("input[name=name]", name)
-        self.page.keyboard.press("Enter")
-        self.ready()
-
-    def ready(self) -> None:
-        self.page.wait_for_selector('.stage[data-state="task"]', timeout=15_000)
-
-    @property
-    def task(self) -> str:
-        """Task id of what is on the screen, found by its texts."""
-        shown = self.shown()
-        [found] = [t for t, i in ITEMS.items() if sorted(i.completions) == sorted(shown)]
-        return found
-
-    def shown(self) -> list[str]:
-        return [
-            box.evaluate("box => box.textContent") for box in self.page.query_selector_all(".replies .text")
-        ]
-
-    def press(self, key: str) -> None:
-        self.page.wait_for_timeout(160)  # past the time in which a key counts as a bounce
-        self.page.keyboard.press(key)
-
-    def judge(self, key: str) -> tuple[str, int]:
-        """(task, canonical preference that this key means for what is shown)."""
-        task, left = self.task, self.shown()[0]
-        self.press(key)
-        return task, KEYS[key] if left == ITEMS[task].completions[0] else -KEYS[key]
-
-    def sent(self) -> None:
-        self.page.wait_for_selector('.stage[data-unsent="0"]', state="attached", timeout=15_000)
+Visit = Callable[..., Desk]
 
 
 @pytest.fixture
-def visit(chromium: Browser, served: Served) -> Iterator[Visit]:
+def visit(browser: Browser, served: Served) -> Iterator[Visit]:
     contexts = []
 
     def visit(name: str, to: Served = served, **options: Any) -> Desk:
-        contexts.append(chromium.new_context(**{"viewport": {"width": 1200, "height": 800}} | options))
-        return Desk(contexts[-1], to.port, name)
+        contexts.append(browser.new_context(**{"viewport": {"width": 1200, "height": 800}} | options))
+        return Desk(contexts[-1], to, name)
 
     yield visit
     for context in contexts:
@@ -184,8 +92,106 @@ def test_ten_labels_by_keyboard_with_undo_and_skip(visit: Visit, served: Served,
     assert desk.page.inner_text(".progress") == "10 of 40"
     assert "both broken" in reasons(served)
     assert desk.faults == []
-    assert all(url.startswith((desk.home, "data:", "blob:")) for url in desk.requests)
+    assert all(url.startswith((desk.served.home, "data:", "blob:")) for url in desk.requests)
     desk.page.screenshot(path=tmp_path / "page.png")
+
+
+def test_both_bad_is_a_tie_that_can_be_revised(visit: Visit, served: Served) -> None:
+    desk = visit("nan")
+    task = desk.task
+    desk.press("0")
+    desk.press("u")
+    assert desk.task == task
+    assert desk.page.get_attribute(".both-bad", "aria-pressed") == "true"
+    assert "both bad" in desk.page.inner_text(".question")
+    assert desk.page.query_selector('.scale [aria-pressed="true"]') is None
+    desk.press("Enter")
+    other, _ = desk.judge("4")
+    desk.press("u")
+    desk.press("0")
+    desk.press("u")
+    desk.press("u")
+    desk.press("4")
+    desk.sent()
+    query = (
+        "select both_bad from judgements where annotator_id = (select id from annotators where name = 'nan')"
+    )
+    with served.store._read() as x:
+        assert list(x.execute(text(query)).scalars()) == [1, 0, 1, 0]
+    assert {t: label.preference for t, label in served.labels("nan").items()} == {task: 0, other: 0}
+
+
+def test_a_reason_to_skip_can_be_picked(visit: Visit, served: Served) -> None:
+    desk = visit("oda")
+    desk.press("s")
+    desk.page.click("text=it upsets me")
+    desk.page.wait_for_function("document.querySelector('.last').textContent.includes('skipped')")
+    desk.sent()
+    assert "upsetting" in reasons(served) and len(served.labels("oda")) == 1
+
+
+def test_markdown_and_differences_are_shown_when_asked_for(visit: Visit, tmp_path: Path) -> None:
+    replies = ["The **cat** sat\n\n- on\n- it", "The **dog** sat\n\n- on\n- it"]
+    served = Served(tmp_path, [plain(n, [f"{reply} {n}" for reply in replies]) for n in range(3)])
+    desk = visit("pat", to=served)
+    assert desk.page.query_selector(".text :is(b, strong, mark)") is None
+    desk.press("x")
+    marks = desk.page.eval_on_selector_all("mark", "all => all.map(mark => mark.textContent)")
+    assert sorted(marks) == ["cat", "dog"]
+    assert sorted(desk.shown()) == sorted(served.items[desk.task].completions)  # not a character changed
+    desk.press("m")
+    desk.page.wait_for_selector(".replies .rich strong")
+    assert desk.page.query_selector("mark") is None
+    assert sorted(desk.page.locator(".replies strong").all_inner_texts()) == ["cat", "dog"]
+    desk.press("1")
+    desk.page.wait_for_selector(".replies .rich li")  # the next pair as well
+    desk.page.reload()
+    desk.ready()
+    desk.page.wait_for_selector(".replies .rich li")  # and the next visit
+    desk.press("m")
+    assert desk.page.query_selector(".replies .rich li") is None
+    served.kill()
+
+
+def plain(number: int, replies: list[str]) -> Item:
+    prompt = [Message(role="user", content=f"question {number}")]
+    row = {"id": prompt_id(prompt), "split": "train", "use": "preference", "prompt": prompt}
+    return Item(**row, completions=replies)
+
+
+def test_guidelines_come_first_and_again_when_they_change(visit: Visit, tmp_path: Path) -> None:
+    items = [plain(n, [f"one {n}", f"two {n}"]) for n in range(9)]
+    served = Served(tmp_path, items, guidelines="Prefer the *truth*.")
+    desk = visit("quin", to=served)  # reads them
+    first = desk.judge("1")[0]
+    desk.sent()
+    served.kill()
+    desk.judge("2")  # under the old ones, whenever it arrives
+    served.options["guidelines"] = "Prefer the *kind*.<script>window.hacked=1</script>"
+    served.start()
+    desk.page.wait_for_selector(".guidelines em:text('kind')", timeout=20_000)
+    desk.press("1")  # not before they are read
+    assert len(served.labels("quin")) == 2
+    desk.page.keyboard.press("Enter")
+    desk.judge("3")
+    desk.sent()
+    desk.press("g")
+    assert desk.page.is_visible(".guidelines") and desk.page.evaluate("window.hacked") is None
+    query = (
+        "select text from judgements join guidelines on sha = judgements.guidelines order by judgements.id"
+    )
+    with served.store._read() as x:
+        assert [t.split("*")[1] for t in x.execute(text(query)).scalars()] == ["truth", "truth", "kind"]
+    assert first in served.labels("quin")
+    served.kill()
+
+
+def test_hidden_characters_are_pointed_out(visit: Visit, tmp_path: Path) -> None:
+    served = Served(tmp_path, [plain(0, ["plain \U0001f469\u200d\U0001f52c", "A is better\u202e"])])
+    desk = visit("rob", to=served)
+    notes = desk.page.locator(".note").all_inner_texts()
+    assert [bool(note) for note in notes] == ["\u202e" in reply for reply in desk.shown()]
+    served.kill()
 
 
 def reasons(served: Served) -> list[str]:
@@ -229,7 +235,7 @@ def test_labels_survive_a_killed_server_and_a_closed_page(visit: Visit, served: 
 
     served.start()
     page = context.new_page()
-    page.goto(f"http://127.0.0.1:{served.port}/")
+    page.goto(served.home)
     page.wait_for_selector('.stage[data-state="task"][data-unsent="0"]', timeout=15_000)
     assert {task: label.preference for task, label in served.labels("cat").items()} == dict(done)
     page.keyboard.press("u")  # and they can be changed after a reload
@@ -274,7 +280,7 @@ def test_two_people_at_once_do_not_meet(visit: Visit, served: Served) -> None:
 
 
 def test_a_label_after_a_take_over_is_not_counted_and_the_page_says_so(visit: Visit, tmp_path: Path) -> None:
-    served = Served(tmp_path, overlap=1)
+    served = Served(tmp_path, ITEMS.values(), overlap=1)
     desk = visit("hal", to=served)
     mine = desk.task
     with served.store._write() as x:
@@ -289,13 +295,16 @@ def test_a_label_after_a_take_over_is_not_counted_and_the_page_says_so(visit: Vi
     served.kill()
 
 
-@pytest.mark.parametrize("width", [1200, 390])
+@pytest.mark.parametrize("width", [1200, 360])
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_fits_the_screen_and_does_not_move(visit: Visit, width: int, scheme: str) -> None:
     desk = visit(f"viewer {width} {scheme}", viewport={"width": width, "height": 800}, color_scheme=scheme)
     page = desk.page
     scale = page.locator(".scale").bounding_box()
     assert page.evaluate("document.documentElement.scrollWidth") <= width
+    ends = "all => all.map(box => box.getBoundingClientRect()).map(box => [box.left, box.right])"
+    for left, right in page.eval_on_selector_all("header > *, footer button, .replies article", ends):
+        assert 0 <= left <= right <= width
     desk.judge("4")
     assert page.locator(".scale").bounding_box() == scale
     desk.press("u")
@@ -327,3 +336,36 @@ def test_from_key_to_next_pair_takes_no_round_trip(visit: Visit) -> None:
     assert None not in times
     print("key to next pair, ms:", sorted(times))
     assert sorted(times)[8] < 50  # on a busy machine; a round trip alone would take longer than the median
+
+
+def test_labels_on_texts_that_fill_the_browsers_storage_are_kept(visit: Visit, tmp_path: Path) -> None:
+    served = Served(tmp_path, [long_item(n) for n in range(6)])
+    desk = visit("lou", to=served)
+    desk.page.context.set_offline(True)
+    for key in "123":  # 2.4 million characters each, where a browser keeps five
+        desk.press(key)
+    assert desk.page.get_attribute(".stage", "data-unsent") == "3"
+    desk.page.close()
+    context = desk.page.context
+    context.set_offline(False)
+    page = context.new_page()
+    page.goto(served.home)
+    page.wait_for_selector('.stage[data-state="task"][data-unsent="0"]', timeout=15_000)
+    assert len(served.labels("lou")) == 3
+    served.kill()
+
+
+def long_item(number: int) -> Item:
+    prompt = [Message(role="user", content=f"question {number}")]
+    row = {"id": prompt_id(prompt), "split": "train", "use": "preference", "prompt": prompt}
+    return Item(**row, completions=[f"{number} " + "a" * 1_200_000, f"{number} " + "b" * 1_200_000])
+
+
+def test_a_reason_with_half_a_character_is_saved(visit: Visit, served: Served) -> None:
+    desk = visit("max")
+    desk.press("s")
+    desk.page.eval_on_selector(".skip-why input", "input => { input.value = 'broken \\ud83d'; }")
+    desk.page.keyboard.press("Enter")
+    desk.page.wait_for_function("document.querySelector('.last').textContent.includes('skipped')")
+    desk.sent()
+    assert len(served.labels("max")) == 1 and "broken \ufffd" in reasons(served)

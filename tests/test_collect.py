@@ -6,6 +6,7 @@ import sys
 import threading
 import time
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import pytest
 from annotate.queue import Label
 from annotate.records import Item, Judgement, prompt_id, read, write
 from annotate.store import Store
-from stages import people
+from stages import cli, people
 from stages.collect import Config, main
 from stages.config import UserError
 from stages.helpdesk.annotators import ANNOTATORS, judge
@@ -236,13 +237,31 @@ def test_annotate_serves_the_newest_complete_sample(
         with run.recorded():
             write(run.output("items.jsonl"), some)
 
-    served: list[tuple[Store, int, str, str | None, int]] = []
+    (tmp_path / "test.guidelines.md").write_text("Prefer the truth.")
+    served: list[tuple[Store, int, str, str | None, int, str | None, str | None]] = []
     monkeypatch.setattr("annotate.app.serve", lambda *arguments: served.append(arguments))
     annotate(str(config), ["collect.overlap=3"], port=1234, name="ann")
-    [(store, round_id, title, name, port)] = served
-    assert (title, name, port) == ("test", "ann", 1234)
+    [(store, round_id, title, name, port, url, guidelines)] = served
+    assert (title, name, port, url, guidelines) == ("test", "ann", 1234, None, "Prefer the truth.")
     assert store.round("test/collect/people-0") == round_id
     assert store.progress(round_id).asked == 12
     assert {v.task for v in store.step(round_id, store.annotator("ann"), want=99)[1]} == {
         item.task for item in ITEMS[10:14]
     }
+
+
+def test_an_invitation_is_printed_and_the_next_one_replaces_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], fails: Callable[..., str]
+) -> None:
+    config = tmp_path / "test.yaml"
+    config.write_text(EXPERIMENT)
+    secrets = []
+    for options in ([], ["--url", "https://label.example.org/"]):
+        assert cli.main(["annotate", str(config), "--invite", "ann", *options]) == 0
+        secrets.append(capsys.readouterr().out.strip().partition("/enter#"))
+    store = Store()
+    assert [address for address, _, _ in secrets] == ["http://127.0.0.1:7860", "https://label.example.org"]
+    assert [store.invited(secret) for _, _, secret in secrets] == [None, store.annotator("ann")]
+    for url in ("http://label.example.org", "https://", "label.example.org", "https://x/y", "https://u@x"):
+        assert "write https://" in fails("annotate", config, "--invite", "ann", "--url", url)
+    assert "not allowed with" in fails("annotate", config, "--as", "ann", "--url", "https://x", code=2)

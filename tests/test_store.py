@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from sqlalchemy import text
 
-from annotate.queue import Label, Shown
+from annotate.queue import Label, Past, Shown
 from annotate.records import DataError, Item, Message, prompt_id
 from annotate.store import Store
 
@@ -88,7 +88,7 @@ def test_a_retry_is_saved_once_and_a_correction_adds_a_revision(store: Store) ->
     assert store.step(round_id, me, [label(view, 1)])[0] == ["saved"]
     assert store.step(round_id, me, [label(view, -2)])[0] == ["duplicate"]
     assert store.step(round_id, me, [label(view, -2, "b"), label(view, None, "c")])[0] == ["saved"] * 2
-    assert [(past[0].key, past[1]) for past in store.history(round_id, me)] == [(view.key, None)]
+    assert [(past.shown.key, past.preference) for past in store.history(round_id, me)] == [(view.key, None)]
     assert [current.preference for current in store.labels(round_id)] == [None]
     assert counts(store, "select count(*) from judgements") == 3
     assert store.progress(round_id).done == 1
@@ -100,8 +100,62 @@ def test_history_comes_oldest_first_in_the_order_shown(store: Store) -> None:
     for preference, view in enumerate(views, -2):
         store.step(round_id, me, [label(view, preference)])
     store.step(round_id, me, [label(views[0], 3, "again")])
-    assert store.history(round_id, me) == list(zip(views, [3, -1, 0, 1, 2], strict=True))
-    assert store.history(round_id, me, limit=2) == [(views[3], 1), (views[4], 2)]
+    past = [Past(view, said, False) for view, said in zip(views, [3, -1, 0, 1, 2], strict=True)]
+    assert store.history(round_id, me) == past
+    assert store.history(round_id, me, limit=2) == past[3:]
+
+
+def test_both_bad_and_the_guidelines_read_are_kept_with_the_label(store: Store) -> None:
+    round_id, me = store.open_round("r", ITEMS), store.annotator("ann")
+    sha = store.guidelines("Prefer the truth.")
+    assert store.guidelines("Prefer the truth.") == sha != store.guidelines("Prefer the kind.")
+    _, views = store.step(round_id, me, want=2)
+    unknown = {"guidelines": "0" * 16, "preference": 0}
+    labels = [Label(token=f"{views[0].key}-0", preference=0, both_bad=True, guidelines=sha)]
+    assert (
+        store.step(round_id, me, [*labels, Label(token=f"{views[1].key}-0", **unknown)])[0] == ["saved"] * 2
+    )
+    assert [past.both_bad for past in store.history(round_id, me)] == [True, False]
+    assert counts(store, f"select count(*) from judgements where guidelines = '{sha}' and both_bad") == 1
+    assert counts(store, "select count(*) from judgements where guidelines is null") == 1
+
+
+def test_texts_are_given_only_to_those_who_hold_the_task(store: Store) -> None:
+    round_id, other = store.open_round("r", ITEMS[:3]), store.open_round("s", ITEMS[:3])
+    ann, bob = store.annotator("ann"), store.annotator("bob")
+    _, views = store.step(round_id, ann, want=2)
+    keys = [view.key for view in views]
+    assert sorted(view.key for view in store.held(round_id, ann, keys)) == sorted(keys)
+    assert store.held(round_id, ann, keys[:1]) == views[:1]
+    assert store.held(round_id, bob, keys) == store.held(other, ann, keys) == []
+    assert store.held(round_id, ann, [keys[0][:-1] + "9", "999-1"]) == []
+
+
+FIRST = """
+create table database (id varchar not null primary key, version integer not null);
+insert into database values ('old', 1);
+create table judgements (id integer not null primary key, slot_id integer not null, lease integer not null,
+  annotator_id integer not null, rev integer, token VARCHAR not null unique, preference integer,
+  reason VARCHAR, client_ms integer, at DOUBLE not null);
+create trigger judgements_no_update before update on judgements begin select raise(abort, 'append-only'); end;
+insert into judgements values (1, 1, 1, 1, 0, '1-1-0', 0, null, 900, 0.0);
+"""
+
+
+def test_a_database_of_the_first_version_is_brought_here_with_its_labels(url: str, tmp_path: Path) -> None:
+    with sqlite3.connect(url.removeprefix("sqlite:///")) as x:
+        x.executescript(FIRST)
+    for _ in range(2):  # and opened again as any other
+        store = Store(url)
+        assert store.id == "old"
+    assert counts(store, "select count(*) from judgements where not both_bad and guidelines is null") == 1
+    new = Store(f"sqlite:///{tmp_path}/new.db")
+    table_info = "(select * from pragma_table_info('{}') order by name)"
+    columns = f"select group_concat(name || type || [notnull]) from {table_info}"
+    for table in ("judgements", "guidelines", "invitations"):
+        with store._read() as x, new._read() as y:
+            query = text(columns.format(table))
+            assert x.execute(query).scalar_one() == y.execute(query).scalar_one()
 
 
 def test_each_task_gets_exactly_overlap_labels_from_different_people(store: Store) -> None:
@@ -206,6 +260,9 @@ def test_tokens_of_others_and_of_other_rounds_are_refused(store: Store) -> None:
         {"token": "1-1-0; drop table judgements", "preference": 1},
         {"token": "1-1-0\n", "preference": 1},
         {"token": "1-1-0", "preference": 1, "client_ms": -1},
+        {"token": "1-1-0", "preference": 1, "both_bad": True},
+        {"token": "1-1-0", "preference": None, "both_bad": True},
+        {"token": "1-1-0", "preference": 1, "guidelines": "x" * 16},
         {"token": "1-1-0", "preference": 1, "annotator": "bob"},
     ],
 )
@@ -230,6 +287,9 @@ def test_a_label_out_of_form_is_refused(bad: dict[str, object]) -> None:
         JUDGEMENT + "(1, 1, 1, 0, 't', 1, 0)",  # revision 0 is there
         JUDGEMENT + "(1, 1, 1, 1, '1-1-0', 1, 0)",  # this token was used
         JUDGEMENT + "(1, 1, 1, 1, 't', 4, 0)",  # off the scale
+        JUDGEMENT.replace("at)", "both_bad, at)") + "(1, 1, 1, 1, 't', 1, 1, 0)",  # both bad is a tie
+        JUDGEMENT.replace("at)", "both_bad, at)") + "(1, 1, 1, 1, 't', null, 1, 0)",
+        JUDGEMENT.replace("at)", "guidelines, at)") + "(1, 1, 1, 1, 't', 1, 'none', 0)",
     ],
 )
 def test_the_schema_itself_refuses_what_must_not_happen(store: Store, statement: str) -> None:
@@ -336,7 +396,7 @@ def test_a_person_may_have_the_name_of_a_simulated_annotator(store: Store) -> No
 
 
 def test_names_that_cannot_be_shown_are_refused(store: Store) -> None:
-    for bad in ("", " ann", "a\nb", "x" * 61):
+    for bad in ("", " ann", "a\nb", "x" * 61, "nna\u202e", "a\u200bnn", "\ud800"):
         with pytest.raises(DataError, match="printable"):
             store.annotator(bad)
 

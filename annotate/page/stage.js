@@ -1,14 +1,17 @@
-// The labelling page. Gradio runs this as the body of a function of (element, trigger, props, server, ...).
+// The labelling page: this, reading.js, outbox.js and keys.js. Gradio runs them, one after the other, as the body of
+// one function of (element, trigger, props, server, ...).
 //
 // A press is kept in this browser and the next pair shown at once; sending happens behind it. Whatever was not
 // acknowledged lies in localStorage, one entry for each label, and is sent again with the same token until the
-// server has it; the server counts a token once. Texts of people and models only ever enter by textContent.
+// server has it; the server counts a token once. Texts of people and models enter by textContent, or as HTML that the
+// server made safe.
 
 const $ = (selector) => element.querySelector(selector);
 const stage = $('.stage');
 const scale = [...element.querySelectorAll('.scale button')];
 const replies = [...element.querySelectorAll('.replies .text')];
-const [help, skipping] = [$('.help'), $('.skip-why')];
+const [help, skipping, reading] = [$('.help'), $('.skip-why'), $('.guidelines')];
+const bothBad = $('.both-bad');
 const WANT = 4; // pairs held: one on the screen, three in reserve
 const BATCH = 20; // labels in one message
 const BOUNCE = 150; // ms: a key so soon after a label is the bounce of the last press, for nobody reads that fast
@@ -43,37 +46,25 @@ function show() {
   const it = task();
   stage.dataset.state = at !== null ? 'past' : it ? 'task' : 'empty';
   stage.dataset.task = it ? it.key : '';
-  $('.conversation').replaceChildren(...(it ? it.messages : []).map(bubble));
-  replies.forEach((box, i) => { box.textContent = it ? it.completions[i] : ''; });
+  stage.dataset.marked = 'no';
+  fill(it);
+  const said = at === null || it.both_bad ? null : it.preference;
   scale.forEach((button) => {
-    const chosen = at !== null && it.preference !== null && it.preference === Number(button.dataset.preference);
-    button.setAttribute('aria-pressed', String(chosen));
+    button.setAttribute('aria-pressed', String(said !== null && said === Number(button.dataset.preference)));
   });
-  $('.work').scrollTop = 0;
-  endOfConversation();
-  shownAt = performance.now();
+  bothBad.setAttribute('aria-pressed', String(at !== null && Boolean(it.both_bad)));
   report();
+  $('.conversation').dataset.cut = 'no';
+  endOfConversation(); // reads the layout, so last: one layout for each pair
+  $('.work').scrollTop = 0;
+  shownAt = performance.now();
 }
 
 function endOfConversation() {
   const box = $('.conversation');
-  box.dataset.cut = 'no';
-  box.dataset.cut = box.scrollHeight > box.clientHeight + 1 ? 'yes' : 'no';
-  box.scrollTop = box.scrollHeight;
-}
-
-function bubble({ role, content }) {
-  const box = document.createElement('div');
-  const who = box.appendChild(document.createElement('div'));
-  const text = box.appendChild(document.createElement('div'));
-  box.className = 'message';
-  box.dataset.role = role;
-  who.className = 'role';
-  who.textContent = { user: 'User', assistant: 'Assistant', system: 'Instructions' }[role];
-  text.className = 'text';
-  text.dir = 'auto';
-  text.textContent = content;
-  return box;
+  const cut = box.scrollHeight > box.clientHeight + 1;
+  if (cut) box.dataset.cut = 'yes';
+  if (cut) box.scrollTop = box.scrollHeight;
 }
 
 function report() {
@@ -87,6 +78,8 @@ function report() {
   $('.saving').textContent = trouble || notice || (unsent.length > BATCH ? `sending ${unsent.length}` : 'saved');
   $('.saving').classList.toggle('warn', trouble + notice !== '');
   $('.question').textContent = question();
+  $('.format').setAttribute('aria-pressed', String(stage.dataset.format === 'markdown'));
+  $('.marked').setAttribute('aria-pressed', String(stage.dataset.marked === 'yes'));
   $('.empty').textContent = task() ? '' : nothing();
   $('.back').disabled = (at === null ? past.length : at) === 0;
   stage.dataset.unsent = unsent.length;
@@ -94,7 +87,11 @@ function report() {
 
 function question() {
   if (at === null) return 'Which reply answers the last message better?';
-  return `${past.length - at} back you said: ${VERDICTS[past[at].preference]}. Press to change it, Enter to leave it.`;
+  return `${past.length - at} back you said: ${verdict(past[at])}. Press to change it, Enter to leave it.`;
+}
+
+function verdict({ preference, both_bad: bad }) {
+  return bad ? 'both bad' : VERDICTS[preference];
 }
 
 function nothing() {
@@ -104,24 +101,25 @@ function nothing() {
 
 // ---- judging
 
-function judge(preference, reason) {
+function judge(preference, { reason = '', bad = false } = {}) {
   const it = task();
   const now = performance.now();
   if (!it || now - judgedAt < BOUNCE) return;
   judgedAt = now;
   const ms = Math.round(now - shownAt);
   const nonce = [...crypto.getRandomValues(new Uint32Array(2))].map((n) => n.toString(36)).join('');
-  keep(it, { token: `${it.key}-${nonce}`, preference, reason: reason || null, client_ms: ms });
+  const label = { token: `${it.key}-${nonce}`, preference, both_bad: bad, client_ms: ms, guidelines };
+  keep(it, { ...label, reason: reason ? reason.toWellFormed() : null });
   if (at === null) {
     fresh.add(it.key);
-    past.push({ ...it, preference });
+    past.push({ ...it, preference, both_bad: bad });
     durations = [...durations, ms].slice(-20);
     current = reserve.shift() || null;
   } else {
-    past[at].preference = preference;
+    Object.assign(past[at], { preference, both_bad: bad });
     at = null;
   }
-  $('.last').textContent = `Last: ${VERDICTS[preference]}`;
+  $('.last').textContent = `Last: ${verdict({ preference, both_bad: bad })}`;
   show();
   send();
 }
@@ -140,161 +138,3 @@ function forward() {
     show();
   }
 }
-
-// ---- keeping and sending
-
-function keep({ key, messages, completions }, label) {
-  unsent.push(label);
-  try {
-    const entry = { label, task: { key, messages, completions }, at: Date.now() };
-    localStorage.setItem(`${prefix}${label.token}`, JSON.stringify(entry));
-  } catch {
-    trouble = 'this browser keeps nothing: stay on the page until it says saved';
-  }
-}
-
-// What an earlier visit could not send takes its place behind what the server knows of.
-function recall() {
-  const mine = Object.keys(localStorage).filter((key) => key.startsWith(prefix));
-  const entries = mine.map((key) => JSON.parse(localStorage.getItem(key))).sort((a, b) => a.at - b.at);
-  entries.forEach(({ label, task: it }) => {
-    unsent.push(label);
-    const known = past.find((other) => other.key === it.key);
-    if (known) known.preference = label.preference;
-    else {
-      past.push({ ...it, preference: label.preference });
-      fresh.add(it.key);
-    }
-  });
-}
-
-async function send() {
-  if (sending) return;
-  sending = true;
-  clearTimeout(timer);
-  try {
-    do {
-      const labels = unsent.slice(0, BATCH);
-      const idle = labels.length === 0 || !current;
-      const reply = await call('step', { labels, want: WANT, count: idle || past.length % 10 === 0 });
-      if (!reply) return;
-      settle(labels, reply);
-    } while (unsent.length || (!current && reserve.length));
-    if (!current) timer = setTimeout(send, 10000);
-  } finally {
-    sending = false;
-    report();
-  }
-}
-
-function settle(labels, reply) {
-  const uncounted = reply.statuses.filter((status) => status === 'late' || status === 'refused').length;
-  if (uncounted) notice = `${uncounted} not counted: someone else had taken the pair`;
-  const sent = new Set(labels.map((label) => label.token));
-  unsent = unsent.filter((label) => !sent.has(label.token));
-  sent.forEach((token) => {
-    localStorage.removeItem(`${prefix}${token}`);
-    if (fresh.delete(pair(token))) counted.done += 1;
-  });
-  if (reply.progress) counted = reply.progress;
-  const judged = new Set([...past.map((it) => it.key), ...unsent.map((label) => pair(label.token))]);
-  const open = reply.tasks.filter((it) => !judged.has(it.key));
-  if (!current && open.length) {
-    current = open[0];
-    if (at === null) show();
-  }
-  reserve = open.filter((it) => it.key !== current.key);
-}
-
-// Gradio's client turns a lost connection into undefined: only an answer of ours counts as one.
-async function call(name, argument) {
-  let reply;
-  try { reply = await server[name](argument); } catch { reply = undefined; }
-  if (reply && reply.ok) {
-    failures = 0;
-    trouble = '';
-    return reply;
-  }
-  failures += 1;
-  trouble = (reply && reply.error) || `no connection: ${unsent.length} label(s) kept in this browser`;
-  clearTimeout(timer);
-  timer = setTimeout(name === 'hello' ? start : send, Math.min(500 * failures, 5000));
-  report();
-  if (failures % 3 === 0) {
-    const answer = await fetch('../whoami').catch(() => null);
-    if (answer && answer.status === 401) location.assign('../'); // the session is gone; labels stay kept
-  }
-  return null;
-}
-
-async function start() {
-  const reply = await call('hello', {});
-  if (!reply) return;
-  prefix = `prefloop:${reply.database}:${reply.round}:${reply.annotator}:`;
-  past = reply.history;
-  counted = reply.progress;
-  recall();
-  $('.title').textContent = reply.title;
-  $('.name').textContent = reply.name;
-  send();
-}
-
-// ---- keys and buttons
-
-const KEYS = {
-  s: () => task() && openDialog(skipping), u: back, Backspace: back, Enter: forward, Escape: forward,
-  '?': () => openDialog(help), d: toggleTheme, c: toggleConversation,
-  j: () => $('.work').scrollBy(0, 120), k: () => $('.work').scrollBy(0, -120),
-};
-
-function press(event) {
-  if (!element.isConnected) return document.removeEventListener('keydown', press);
-  if (event.repeat || event.ctrlKey || event.metaKey || event.altKey || event.isComposing) return undefined;
-  if (help.open || skipping.open || event.target.closest('input, textarea')) return undefined;
-  if (event.key === 'Enter' && event.target.closest('button, a')) return undefined; // presses that button
-  const key = event.key.length === 1 ? event.key.toLowerCase() : event.key;
-  const act = /^[1-7]$/.test(key) ? () => judge(4 - Number(key)) : KEYS[key];
-  if (act && stage.dataset.state !== 'loading') {
-    event.preventDefault();
-    act();
-  }
-  return undefined;
-}
-
-function openDialog(dialog) {
-  skipping.querySelector('form').reset();
-  skipping.returnValue = '';
-  dialog.showModal();
-}
-
-function toggleTheme() {
-  const theme = stage.dataset.theme === 'dark' ? 'light' : 'dark';
-  localStorage.setItem('prefloop-theme', theme);
-  stage.dataset.theme = theme;
-}
-
-function toggleConversation() {
-  stage.dataset.whole = stage.dataset.whole === 'yes' ? 'no' : 'yes';
-  endOfConversation();
-}
-
-function click(selector, act) {
-  $(selector).addEventListener('click', (event) => {
-    if (event.detail) event.currentTarget.blur(); // after the mouse, Enter must not press this button again
-    act();
-  });
-}
-
-const dark = matchMedia('(prefers-color-scheme: dark)').matches ? 'dark' : 'light';
-stage.dataset.theme = localStorage.getItem('prefloop-theme') || dark;
-document.addEventListener('keydown', press);
-window.addEventListener('online', () => prefix && send());
-scale.forEach((button, i) => click(`.scale button:nth-child(${i + 1})`, () => judge(Number(button.dataset.preference))));
-click('.back', back);
-click('.skip', KEYS.s);
-click('.help-open', KEYS['?']);
-click('.skip-why .cancel', () => skipping.close());
-skipping.addEventListener('close', () => {
-  if (skipping.returnValue === 'skip') judge(null, skipping.querySelector('input').value.trim());
-});
-start();

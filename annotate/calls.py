@@ -1,0 +1,100 @@
+"""What the labelling page asks of the server. Who asks is known from the session; no answer names a model."""
+
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from annotate.gate import Who
+from annotate.markdown import render
+from annotate.queue import KEY, Label, Shown
+from annotate.records import DataError
+from annotate.store import Store
+
+FUNCTIONS = ("hello", "step", "markdown")
+Answer = dict[str, Any]
+
+
+class Closed(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class Step(Closed):
+    """Finished labels, how many open tasks the page wants to hold, whether to count."""
+
+    labels: list[Label] = Field(max_length=50)
+    want: int = Field(ge=0, le=10)
+    count: bool = False
+
+
+class Markdown(Closed):
+    """Tasks whose texts the page wants rendered."""
+
+    keys: list[KEY] = Field(max_length=10)
+
+
+class Calls:
+    """The page's server functions. Each answers {"ok": True, ...}, or {"error": what is wrong}."""
+
+    def __init__(self, store: Store, round_id: int, title: str, guidelines: str):
+        self.store, self.round_id, self.title = store, round_id, title
+        self.guidelines = {"id": store.guidelines(guidelines), "html": render(guidelines)}
+
+    def hello(self, _: object, who: Who) -> Answer:
+        """All that the page needs at its start."""
+        past = self.store.history(self.round_id, who[0])
+        return {
+            "ok": True,
+            "database": self.store.id[:8],
+            "round": self.round_id,
+            "annotator": who[0],
+            "name": who[1],
+            "title": self.title,
+            "guidelines": self.guidelines,
+            "progress": self._progress(who),
+            "history": [
+                {**_task(label.shown), "preference": label.preference, "both_bad": label.both_bad}
+                for label in past
+            ],
+        }
+
+    def step(self, argument: object, who: Who) -> Answer:
+        """Record labels and hand out tasks: answered when both are on disk."""
+        try:
+            asked = Step.model_validate(argument)
+            statuses, shown = self.store.step(self.round_id, who[0], asked.labels, asked.want)
+        except (ValidationError, DataError) as error:
+            return {"error": f"not saved: {_said(error)}"}
+        answer = {"ok": True, "statuses": statuses, "tasks": [_task(task) for task in shown]}
+        answer["guidelines"] = self.guidelines["id"]
+        return answer | ({"progress": self._progress(who)} if asked.count else {})
+
+    def markdown(self, argument: object, who: Who) -> Answer:
+        """HTML of the texts of tasks that this annotator holds."""
+        try:
+            asked = Markdown.model_validate(argument)
+            held = self.store.held(self.round_id, who[0], asked.keys)
+        except (ValidationError, DataError) as error:
+            return {"error": f"not rendered: {_said(error)}"}
+        return {"ok": True, "html": {task.key: _html(task) for task in held}}
+
+    def _progress(self, who: Who) -> dict[str, int]:
+        mine = self.store.progress(self.round_id, who[0])
+        return {"asked": mine.asked, "done": mine.done}
+
+
+def _said(error: ValidationError | DataError) -> str:
+    if isinstance(error, DataError):
+        return str(error)
+    first = error.errors()[0]
+    return f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
+
+
+def _task(shown: Shown) -> Answer:
+    return {"key": shown.key, "messages": shown.messages, "completions": shown.completions}
+
+
+def _html(shown: Shown) -> Answer:
+    return {
+        "messages": [render(message["content"]) for message in shown.messages],
+        "completions": [render(text) for text in shown.completions],
+    }

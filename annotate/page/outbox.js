@@ -1,0 +1,108 @@
+// ---- keeping and sending
+
+function keep({ key, messages, completions }, label) {
+  unsent.push(label);
+  const entry = { label, task: { key, messages, completions }, at: Date.now() };
+  const stored = store(entry) || store({ ...entry, task: null }); // the texts of some pairs fill the storage
+  if (!stored) trouble = 'this browser keeps nothing: stay on the page until it says saved';
+}
+
+function store(entry) {
+  try {
+    localStorage.setItem(`${prefix}${entry.label.token}`, JSON.stringify(entry));
+    return true;
+  } catch {
+    return false;
+  }
+}
+
+// What an earlier visit could not send takes its place behind what the server knows of.
+function recall() {
+  const mine = Object.keys(localStorage).filter((key) => key.startsWith(prefix));
+  const entries = mine.map((key) => JSON.parse(localStorage.getItem(key))).sort((a, b) => a.at - b.at);
+  entries.forEach(({ label, task: it }) => {
+    unsent.push(label);
+    const known = past.find((other) => other.key === pair(label.token));
+    const said = { preference: label.preference, both_bad: label.both_bad };
+    if (known) Object.assign(known, said);
+    else {
+      if (it) past.push({ ...it, ...said });
+      fresh.add(pair(label.token));
+    }
+  });
+}
+
+async function send() {
+  if (sending) return;
+  sending = true;
+  clearTimeout(timer);
+  try {
+    do {
+      const labels = unsent.slice(0, BATCH);
+      const idle = labels.length === 0 || !current;
+      const reply = await call('step', { labels, want: WANT, count: idle || past.length % 10 === 0 });
+      if (!reply) return;
+      settle(labels, reply);
+    } while (unsent.length || (!current && reserve.length));
+    if (!current) timer = setTimeout(send, 10000);
+  } finally {
+    sending = false;
+    report();
+  }
+}
+
+function settle(labels, reply) {
+  const uncounted = reply.statuses.filter((status) => status === 'late' || status === 'refused').length;
+  if (uncounted) notice = `${uncounted} not counted: someone else had taken the pair`;
+  const sent = new Set(labels.map((label) => label.token));
+  unsent = unsent.filter((label) => !sent.has(label.token));
+  sent.forEach((token) => {
+    localStorage.removeItem(`${prefix}${token}`);
+    if (fresh.delete(pair(token))) counted.done += 1;
+  });
+  if (reply.progress) counted = reply.progress;
+  const judged = new Set([...past.map((it) => it.key), ...unsent.map((label) => pair(label.token))]);
+  const open = reply.tasks.filter((it) => !judged.has(it.key));
+  if (!current && open.length) {
+    current = open[0];
+    if (at === null) show();
+  }
+  reserve = open.filter((it) => it.key !== current.key);
+  if (stage.dataset.format === 'markdown') ask();
+  const idle = !unsent.length && !$('dialog[open]');
+  if (reply.guidelines !== guidelines && idle) location.reload(); // others since the server's restart
+}
+
+// Gradio's client turns a lost connection into undefined: only an answer of ours counts as one.
+async function call(name, argument) {
+  let reply;
+  try { reply = await server[name](argument); } catch { reply = undefined; }
+  if (reply && reply.ok) {
+    failures = 0;
+    trouble = '';
+    return reply;
+  }
+  failures += 1;
+  trouble = (reply && reply.error) || `no connection: ${unsent.length} label(s) kept in this browser`;
+  clearTimeout(timer);
+  timer = setTimeout(name === 'hello' ? start : send, Math.min(500 * failures, 5000));
+  report();
+  if (failures % 3 === 0) {
+    const answer = await fetch('../whoami').catch(() => null);
+    if (answer && answer.status === 401) location.assign('../'); // the session is gone; labels stay kept
+  }
+  return null;
+}
+
+async function start() {
+  const reply = await call('hello', {});
+  if (!reply) return;
+  prefix = `prefloop:${reply.database}:${reply.round}:${reply.annotator}:`;
+  past = reply.history;
+  counted = reply.progress;
+  recall();
+  $('.title').textContent = reply.title;
+  $('.name').textContent = reply.name;
+  introduce(reply.guidelines);
+  send();
+}
