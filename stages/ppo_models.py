@@ -33,12 +33,13 @@ class Prompts:
         self.prompts: list[Any] = []
         self.tokens: list[list[int]] = []
         for number, row in enumerate(rows):
+            where = f"row {number} of the dataset" + (f" (id {row['id']})" if "id" in row else "")
             if not row.get("prompt"):
-                raise UserError(f"row {number} of the dataset has no prompt: give it text or messages")
+                raise UserError(f"{where} has no prompt: give it text or messages")
             ids = _ids(tokenizer, row["prompt"])
             if limit is not None and len(ids) + reply > limit:
                 raise UserError(
-                    f"row {number} of the dataset: {len(ids)} tokens and {reply} for the reply exceed the "
+                    f"{where}: {len(ids)} tokens and {reply} for the reply exceed the "
                     f"{limit} positions of the model; shorten it, or lower response_length"
                 )
             self.prompts.append(row["prompt"])
