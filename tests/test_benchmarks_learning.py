@@ -1,4 +1,4 @@
-"""The comparison of what PPO, RLOO and GRPO learn trains on a quickstart's models and reads its curves right."""
+"""The comparison of what PPO, RLOO and GRPO learn trains on the quickstart's models; its curves are right."""
 
 from pathlib import Path
 
@@ -31,7 +31,6 @@ def world(smoke_runs, tmp_path, monkeypatch):
 def test_every_method_samples_as_many_replies(world, method):
     rows = learning.learn(method, 0, str(world / "out"))
     assert len(rows) == 32
-    assert all(row["id"].startswith("helpdesk") or row["id"] for row in rows)
     seconds = [row["cpu"] for row in rows]
     assert seconds == sorted(seconds) and seconds[0] > 0
     assert all(0 <= row["gold"] <= 10 for row in rows)
