@@ -16,6 +16,7 @@ from fastapi import FastAPI
 
 from annotate.calls import FUNCTIONS, Calls
 from annotate.entry import add_entry
+from annotate.form import Form
 from annotate.gate import Gate, Who
 from annotate.records import DataError
 from annotate.store import Store
@@ -25,7 +26,7 @@ QUIET = {
     "GRADIO_ANALYTICS_CACHE_FREQUENCY": "1000000000",  # else a summary of all past events after every event
     "HF_HUB_OFFLINE": "1",
 }
-SCRIPTS = ("stage.js", "reading.js", "outbox.js", "keys.js")
+SCRIPTS = ("stage.js", "form.js", "reading.js", "outbox.js", "keys.js")
 """One after the other they are one function, of which Gradio runs the body."""
 
 
@@ -37,11 +38,13 @@ def serve(
     port: int = 7860,
     url: str | None = None,
     guidelines: str | None = None,
+    form: Form | None = None,
 ) -> None:
     """Serve the page on 127.0.0.1 until interrupted. `name`: who works, else the browser is asked.
 
     `url`: where a proxy makes the page reachable to others, who then enter by invitation only.
-    `guidelines`: Markdown to read before work, else page/guidelines.md.
+    `guidelines`: Markdown to read before work, else page/guidelines.md. `form`: what to ask, else
+    which of two replies is better.
     Raises DataError when the port is taken. Port 0 takes a free one.
     """
     import uvicorn
@@ -54,7 +57,7 @@ def serve(
             listener.listen()  # whoever follows the printed address now is served as soon as all is loaded
         except OSError as error:
             raise DataError(f"port {port}: {error.strerror}; choose another with --port") from None
-        app = application(store, round_id, title, name, url, guidelines)
+        app = application(store, round_id, title, name, url, guidelines, form)
         here = f"http://127.0.0.1:{listener.getsockname()[1]}/"
         label = f"{url}/, sent on to {here}" if url else here
         print(f"Label at {label}  (Ctrl-C ends; every label is kept)", flush=True)
@@ -75,13 +78,15 @@ def application(
     name: str | None = None,
     url: str | None = None,
     guidelines: str | None = None,
+    form: Form | None = None,
 ) -> Gate:
     """The ASGI application of one round; arguments as of `serve`."""
     if name is not None:
         store.annotator(name)  # refuses a bad name now rather than in the browser
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
     add_entry(app, store, name, url)
-    calls = Calls(store, round_id, title, page_file("guidelines.md") if guidelines is None else guidelines)
+    text = page_file("guidelines.md") if guidelines is None else guidelines
+    calls = Calls(store, round_id, title, text, form or Form())
     component = _mount_page(app, calls, title)
     return Gate(app, store, component, set(FUNCTIONS), url)
 

@@ -4,6 +4,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from annotate.form import Form
 from annotate.gate import Who
 from annotate.markdown import render
 from annotate.queue import KEY, Label, Shown
@@ -35,8 +36,9 @@ class Markdown(Closed):
 class Calls:
     """The page's server functions. Each answers {"ok": True, ...}, or {"error": what is wrong}."""
 
-    def __init__(self, store: Store, round_id: int, title: str, guidelines: str):
+    def __init__(self, store: Store, round_id: int, title: str, guidelines: str, form: Form):
         self.store, self.round_id, self.title = store, round_id, title
+        self.form = {"id": store.form(form), **form.model_dump(), "question": form.asked}
         self.guidelines = {"id": store.guidelines(guidelines), "html": render(guidelines)}
 
     def hello(self, _: object, who: Who) -> Answer:
@@ -50,9 +52,15 @@ class Calls:
             "name": who[1],
             "title": self.title,
             "guidelines": self.guidelines,
+            "form": self.form,
             "progress": self._progress(who),
             "history": [
-                {**_task(label.shown), "preference": label.preference, "both_bad": label.both_bad}
+                {
+                    **_task(label.shown),
+                    "preference": label.preference,
+                    "both_bad": label.both_bad,
+                    "answers": label.answers.model_dump(),
+                }
                 for label in past
             ],
         }

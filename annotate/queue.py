@@ -1,6 +1,6 @@
 """The two hot functions of the label database: record labels, hand out tasks.
 
-Both take batches, in a constant number of SQLAlchemy Core statements that are built once, inside a
+Both take batches, in a constant number of SQLAlchemy Core statements (`annotate.statements`), inside a
 transaction that the caller opens and commits.
 """
 
@@ -8,14 +8,15 @@ import re
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
-from sqlalchemy import Connection, Integer, and_, bindparam, func, insert, or_, select, text, update
-from sqlalchemy.orm import aliased
+from sqlalchemy import Connection
 
-from annotate.records import draw
-from annotate.schema import Annotator, Guideline, Judgement, Prompt, Response, Round, Slot, Task, View
+from annotate import statements as sql
+from annotate.form import Answers, Form, back, fault
+from annotate.records import DataError, draw
 
 TOKEN = re.compile(r"(\d{1,15})-(\d{1,9})-[0-9a-z]{1,20}", re.ASCII)
 """slot - lease - anything that tells this attempt from others. A retry must send the same token."""
@@ -34,7 +35,10 @@ class Label(BaseModel):
 
     token: Annotated[str, Field(pattern=f"^{TOKEN.pattern}$")]
     preference: Annotated[int, Field(ge=-3, le=3)] | None
-    """None: skipped."""
+    """None: skipped, or the form asks for no comparison."""
+    answers: Answers = Answers()
+    form: Annotated[str, Field(pattern="^[0-9a-f]{16}$")] | None = None
+    """That was filled in, as `Store.form` names it; None: the plain comparison."""
     both_bad: bool = False
     """A tie because neither is any good."""
     reason: Annotated[str, Field(max_length=2000)] | None = None
@@ -69,17 +73,22 @@ class Past:
     shown: Shown
     preference: int | None
     both_bad: bool
+    answers: Answers
 
 
 def record(x: Connection, round_id: int, me: int, labels: Sequence[Label]) -> list[Status]:
-    """Append the labels of annotator `me` and close their slots. One status for each label."""
+    """Append the labels of annotator `me` and close their slots. One status for each label.
+
+    Raises DataError, and records none, where one does not answer its form.
+    """
+    forms = _forms(x, labels)
     keys = [_split(label.token) for label in labels]
     slots = {s for s, _ in keys}
     shown = {
-        (r.slot_id, r.lease): r for r in x.execute(_SHOWN, {"slots": slots, "round": round_id, "me": me})
+        (r.slot_id, r.lease): r for r in x.execute(sql.SHOWN, {"slots": slots, "round": round_id, "me": me})
     }
-    revision = {r.slot_id: r.next for r in x.execute(_REVISIONS, {"slots": slots})}
-    seen = set(x.execute(_SEEN, {"tokens": [label.token for label in labels]}).scalars())
+    revision = {r.slot_id: r.next for r in x.execute(sql.REVISIONS, {"slots": slots})}
+    seen = set(x.execute(sql.SEEN, {"tokens": [label.token for label in labels]}).scalars())
 
     statuses: list[Status] = []
     rows = []
@@ -92,6 +101,9 @@ def record(x: Connection, round_id: int, me: int, labels: Sequence[Label]) -> li
         if label.token in seen:
             statuses.append("duplicate")
             continue
+        wrong = fault(forms[label.form], label.preference, label.answers, len(view.display_order))
+        if wrong:
+            raise DataError(f"label {label.token}: {wrong}")
         if view.held:
             rev = revision.get(view.slot_id, 0)
             revision[view.slot_id] = rev + 1
@@ -99,8 +111,8 @@ def record(x: Connection, round_id: int, me: int, labels: Sequence[Label]) -> li
         statuses.append("late" if rev is None else "saved")
         rows.append(_row(label, view, me, rev))
     if rows:
-        x.execute(_JUDGE, rows)
-        x.execute(_DONE, {"slots": [row["slot_id"] for row in rows if row["rev"] is not None]})
+        x.execute(sql.JUDGE, rows)
+        x.execute(sql.DONE, {"slots": [row["slot_id"] for row in rows if row["rev"] is not None]})
     return statuses
 
 
@@ -110,32 +122,32 @@ def claim(x: Connection, round_id: int, me: int, want: int) -> list[Shown]:
     Those they hold already come first, then free ones, then those whose holder's lease has run out.
     """
     now = time.time()
-    lease, overlap, salt = x.execute(_ROUND, {"round": round_id}).one()
+    lease, overlap, salt = x.execute(sql.ROUND, {"round": round_id}).one()
     until = now + lease
-    mine = x.execute(_MINE, {"me": me, "round": round_id, "n": want}).all()
+    mine = x.execute(sql.MINE, {"me": me, "round": round_id, "n": want}).all()
     found: dict[int, Any] = {}  # by task: a task has several free slots, and nobody may hold two of them
-    for query in (_FREE, _EXPIRED):
+    for query in (sql.FREE, sql.EXPIRED):
         if len(mine) + len(found) < want:
             rows = x.execute(query, {"me": me, "round": round_id, "now": now, "n": want * overlap})
             for row in rows:
                 found.setdefault(row.task_id, row)
     taken = list(found.values())[: want - len(mine)]
     if any(row.lease_until < now + lease / 2 for row in mine):
-        x.execute(_EXTEND, {"slots": [row.id for row in mine], "until": until})
+        x.execute(sql.EXTEND, {"slots": [row.id for row in mine], "until": until})
     if taken:
-        name = x.execute(_NAME, {"me": me}).scalar_one()
-        x.execute(_TAKE, [{"slot": row.id, "who": me, "until": until} for row in taken])
-        x.execute(_VIEW, [_view(row, me, name, salt, now) for row in taken])
+        name = x.execute(sql.NAME, {"me": me}).scalar_one()
+        x.execute(sql.TAKE, [{"slot": row.id, "who": me, "until": until} for row in taken])
+        x.execute(sql.VIEW, [_view(row, me, name, salt, now) for row in taken])
     ids = [row.id for row in (*mine, *taken)]
-    return _show(x, x.execute(_OPEN, {"slots": ids}).all(), ids)
+    return _show(x, x.execute(sql.OPEN, {"slots": ids}).all(), ids)
 
 
 def history(x: Connection, round_id: int, me: int, limit: int) -> list[Past]:
     """The last tasks annotator `me` labelled, oldest first."""
-    rows = x.execute(_HISTORY, {"round": round_id, "me": me, "n": limit}).all()[::-1]
+    rows = x.execute(sql.HISTORY, {"round": round_id, "me": me, "n": limit}).all()[::-1]
     shown = _show(x, rows, [row.slot_id for row in rows])
     return [
-        Past(task, as_shown(row.preference, row.display_order), row.both_bad)
+        Past(task, as_shown(row.preference, row.display_order), row.both_bad, _answers_as_shown(row))
         for task, row in zip(shown, rows, strict=True)
     ]
 
@@ -143,14 +155,14 @@ def history(x: Connection, round_id: int, me: int, limit: int) -> list[Past]:
 def held(x: Connection, round_id: int, me: int, keys: Sequence[str]) -> list[Shown]:
     """Those of these tasks (`Shown.key`) that are annotator `me`'s, open or labelled."""
     slots = {int(key.split("-")[0]) for key in keys}
-    rows = x.execute(_HELD_BY, {"slots": slots, "round": round_id, "me": me}).all()
+    rows = x.execute(sql.HELD_BY, {"slots": slots, "round": round_id, "me": me}).all()
     return [shown for shown in _show(x, rows, [row.slot_id for row in rows]) if shown.key in keys]
 
 
 def _show(x: Connection, rows: Sequence[Any], slots: Sequence[int]) -> list[Shown]:
     """`rows` (slot_id, lease, display_order, key, response_ids, messages) with their texts, as `slots` go."""
     ids = {i for row in rows for i in row.response_ids}
-    texts = {r.id: r.text for r in x.execute(_TEXTS, {"ids": ids})}
+    texts = {r.id: r.text for r in x.execute(sql.TEXTS, {"ids": ids})}
     by_slot = {
         row.slot_id: Shown(
             key=f"{row.slot_id}-{row.lease}",
@@ -161,6 +173,26 @@ def _show(x: Connection, rows: Sequence[Any], slots: Sequence[int]) -> list[Show
         for row in rows
     }
     return [by_slot[slot] for slot in slots]
+
+
+def _forms(x: Connection, labels: Sequence[Label]) -> dict[str | None, Form]:
+    """The forms that these labels fill in."""
+    known: dict[str | None, Form] = {None: Form()}
+    asked = {label.form for label in labels if label.form is not None}
+    if asked:
+        known |= {row.sha: _parsed(row.form) for row in x.execute(sql.FORMS, {"shas": asked})}
+    if missing := asked - known.keys():
+        raise DataError(f"form {min(missing)} is not known here")
+    return known
+
+
+@lru_cache(maxsize=64)
+def _parsed(form: str) -> Form:
+    return Form.model_validate_json(form)
+
+
+def _answers_as_shown(row: Any) -> Answers:
+    return Answers.model_validate(row.answers or {}).moved(back(row.display_order))
 
 
 def as_shown(preference: int | None, order: Sequence[int]) -> int | None:
@@ -189,6 +221,8 @@ def _row(label: Label, view: Any, me: int, rev: int | None) -> dict[str, Any]:
         "rev": rev,
         "token": label.token,
         "preference": as_shown(label.preference, view.display_order),
+        "answers": _stored(label.answers.moved(view.display_order)),
+        "form": label.form,
         "both_bad": label.both_bad,
         "reason": label.reason,
         "read": label.guidelines,
@@ -197,86 +231,10 @@ def _row(label: Label, view: Any, me: int, rev: int | None) -> dict[str, Any]:
     }
 
 
+def _stored(answers: Answers) -> dict[str, Any] | None:
+    return answers.model_dump(exclude_defaults=True) or None
+
+
 def _view(row: Any, me: int, name: str, salt: str, now: float) -> dict[str, Any]:
     order = display_order(salt, row.key, name, len(row.response_ids))
     return {"slot_id": row.id, "lease": row.lease + 1, "annotator_id": me, "display_order": order, "at": now}
-
-
-_me, _round, _n = (bindparam(name, type_=Integer) for name in ("me", "round", "n"))
-_slots = bindparam("slots", type_=Integer, expanding=True)
-_other = aliased(Slot)
-_first = aliased(Judgement)
-
-_ROUND = select(Round.lease, Round.overlap, Round.salt).where(Round.id == _round)
-_NAME = select(Annotator.name).where(Annotator.id == _me)
-_MINE = (
-    select(Slot.id, Slot.lease_until)
-    .where(Slot.annotator_id == _me, Slot.round_id == _round, Slot.state == "open", Slot.active)
-    .order_by(Slot.priority.desc(), Slot.id)
-    .limit(_n)
-)
-_AVAILABLE = (
-    select(Slot.id, Slot.task_id, Slot.lease, Task.key, Task.response_ids)
-    .join(Task, Task.id == Slot.task_id)
-    .where(
-        Slot.round_id == _round,
-        or_(Slot.reserved_id.is_(None), Slot.reserved_id == _me),
-        ~select(_other.id).where(_other.annotator_id == _me, _other.task_id == Slot.task_id).exists(),
-    )
-    .limit(_n)
-)
-# Literal conditions, as the partial indexes have them: with a parameter SQLite would not use those.
-_FREE = _AVAILABLE.where(text("slots.state = 'free' AND slots.active = 1")).order_by(
-    Slot.priority.desc(), Slot.id
-)
-_EXPIRED = _AVAILABLE.where(
-    text("slots.state = 'open' AND slots.active = 1"), Slot.lease_until < bindparam("now")
-).order_by(Slot.lease_until)
-_EXTEND = update(Slot).where(Slot.id.in_(_slots)).values(lease_until=bindparam("until"))
-_TAKE = (
-    update(Slot.__table__)  # type: ignore[arg-type]
-    .where(Slot.id == bindparam("slot"))
-    .values(state="open", annotator_id=bindparam("who"), lease=Slot.lease + 1, lease_until=bindparam("until"))
-)
-_VIEW = insert(View.__table__)  # type: ignore[arg-type]
-_HELD = (
-    select(View.slot_id, View.lease, View.display_order, Task.key, Task.response_ids, Prompt.messages)
-    .join(Slot, and_(Slot.id == View.slot_id, Slot.lease == View.lease))
-    .join(Task, Task.id == Slot.task_id)
-    .join(Prompt, Prompt.id == Task.prompt_id)
-)
-_OPEN = _HELD.where(Slot.id.in_(_slots))
-_HELD_BY = _OPEN.where(View.annotator_id == _me, Slot.round_id == _round)
-_TEXTS = select(Response.id, Response.text).where(Response.id.in_(bindparam("ids", expanding=True)))
-_SHOWN = (
-    select(View.slot_id, View.lease, View.display_order)
-    .add_columns(and_(Slot.lease == View.lease, Slot.annotator_id == _me).label("held"))
-    .join(Slot, Slot.id == View.slot_id)
-    .where(View.slot_id.in_(_slots), View.annotator_id == _me, Slot.round_id == _round)
-)
-_REVISIONS = (
-    select(Judgement.slot_id, (func.max(Judgement.rev) + 1).label("next"))
-    .where(Judgement.slot_id.in_(_slots), Judgement.rev.is_not(None))
-    .group_by(Judgement.slot_id)
-)
-_SEEN = select(Judgement.token).where(Judgement.token.in_(bindparam("tokens", expanding=True)))
-_JUDGE = insert(Judgement.__table__).values(  # type: ignore[arg-type]
-    guidelines=select(Guideline.sha).where(Guideline.sha == bindparam("read")).scalar_subquery()
-)
-_DONE = update(Slot).where(Slot.id.in_(_slots)).values(state="done", lease_until=None)
-_last = aliased(Judgement)
-_HISTORY = (
-    _HELD.add_columns(_last.preference, _last.both_bad)
-    .join(_first, and_(_first.slot_id == Slot.id, _first.rev == 0))
-    .join(_last, _last.slot_id == Slot.id)
-    .where(_first.annotator_id == _me, Slot.round_id == _round)
-    .where(
-        _last.rev
-        == select(func.max(Judgement.rev))
-        .where(Judgement.slot_id == Slot.id)
-        .correlate(Slot)
-        .scalar_subquery()
-    )
-    .order_by(_first.id.desc())
-    .limit(_n)
-)

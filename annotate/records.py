@@ -2,7 +2,7 @@
 
     Record      prepare    a prompt, its split and use, and perhaps a demonstration
     Completion  sample     one sampled reply with its token ids and log-probs
-    Item        sample     one prompt with 2..k replies to compare
+    Item        sample     one prompt with the replies to judge
     Judgement   collect    what one annotator said of one item
     Evaluation  evaluate   one reply of one policy with everything measured on it
 
@@ -16,6 +16,7 @@ import io
 import json
 import os
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import combinations
 from pathlib import Path
 from typing import IO, Annotated, Any, Literal, Self, TypeVar
 
@@ -71,7 +72,7 @@ class Completion(Row):
 
 
 class Item(Row):
-    completions: list[Text] = Field(min_length=2)
+    completions: list[Text] = Field(min_length=1)
     policies: list[str] = []
     """Who wrote each completion; never sent to the browser."""
 
@@ -83,15 +84,22 @@ class Item(Row):
 class Judgement(Row):
     """`preference` is -3..3: positive says that the FIRST completion is better, 0 is a tie, None no verdict.
 
-    For more than two completions `ranking` gives each completion's rank (1 = best, equal numbers = tie).
+    For more than two `ranking` gives each one's rank (1 = best, equal numbers = tie).
     """
 
-    completions: list[Text] = Field(min_length=2)
+    completions: list[Text] = Field(min_length=1)
     annotator: str
     kind: Kind
     round: str
     preference: int | None = Field(default=None, ge=-3, le=3)
     ranking: list[int] | None = None
+    rating: int | None = Field(default=None, ge=1)
+    """Of a single completion; 1 = worst."""
+    attributes: dict[str, int] = {}
+    """Name -> preference, or grade of a single completion."""
+    flags: dict[str, list[int]] = {}
+    """Name -> indices of the completions that were flagged."""
+    rationale: Text | None = None
 
     @model_validator(mode="after")
     def _one_verdict(self) -> Self:
@@ -99,7 +107,27 @@ class Judgement(Row):
             raise ValueError("preference is for two completions; use ranking for more")
         if self.ranking is not None and len(self.ranking) != len(self.completions):
             raise ValueError("ranking needs one rank for each completion")
+        if self.rating is not None and len(self.completions) != 1:
+            raise ValueError("rating is for a single completion")
         return self
+
+    def pairs(self) -> list["Judgement"]:
+        """What it says of two completions each: itself, or every pair of a ranking (Ouyang et al. 2022, 3.5).
+
+        Ranks do not tell how much better, so the better of a pair gets 2, the middle of the scale.
+        """
+        if self.ranking is None:
+            return [self] if len(self.completions) == 2 else []
+        made = []
+        for i, j in combinations(range(len(self.completions)), 2):
+            lead = self.ranking[j] - self.ranking[i]
+            pair = {
+                "completions": [self.completions[i], self.completions[j]],
+                "ranking": None,
+                "preference": 2 if lead > 0 else -2 if lead < 0 else 0,
+            }
+            made.append(self.model_copy(update=pair | {"attributes": {}, "flags": {}}))
+        return made
 
     @property
     def task(self) -> str:

@@ -25,7 +25,7 @@ from sqlalchemy import (
 )
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
-VERSION = 2
+VERSION = 3
 """Of this schema; stored in the database. One of another version is brought here by UPGRADES, or refused."""
 UPGRADES = {
     1: (
@@ -33,13 +33,18 @@ UPGRADES = {
         "CHECK (NOT both_bad OR (preference IS NOT NULL AND preference = 0))",
         "ALTER TABLE judgements ADD COLUMN guidelines VARCHAR REFERENCES guidelines (sha)",
         "UPDATE database SET version = 2",
-    )
+    ),
+    2: (
+        "ALTER TABLE judgements ADD COLUMN answers JSON",
+        "ALTER TABLE judgements ADD COLUMN form VARCHAR REFERENCES forms (sha)",
+        "UPDATE database SET version = 3",
+    ),
 }
 """Version -> statements that lead to the next one. They add; labels stay as they are."""
 
 
 class Base(DeclarativeBase):
-    type_annotation_map = {list[Any]: JSON}
+    type_annotation_map = {list[Any]: JSON, dict[str, Any]: JSON(none_as_null=True)}
 
 
 class Database(Base):
@@ -169,6 +174,15 @@ class Guideline(Base):
     text: Mapped[str]
 
 
+class FormText(Base):
+    """A form that annotators were given, under its digest."""
+
+    __tablename__ = "forms"
+    sha: Mapped[str] = mapped_column(primary_key=True)
+    form: Mapped[str]
+    """JSON of annotate.form.Form."""
+
+
 class Judgement(Base):
     """Everything anyone ever said: append-only. The current label of a slot is its highest revision."""
 
@@ -181,7 +195,11 @@ class Judgement(Base):
     """0, 1, 2 ...; None: came after the slot was given to someone else, kept but not counted."""
     token: Mapped[str] = mapped_column(unique=True)
     preference: Mapped[int | None]
-    """In canonical order: positive says that the FIRST completion is better. None: skipped."""
+    """In canonical order: positive says that the FIRST completion is better. None: skipped, or not asked."""
+    answers: Mapped[dict[str, Any] | None]
+    """annotate.form.Answers in canonical order; None: nothing besides the preference."""
+    form: Mapped[str | None] = mapped_column(ForeignKey("forms.sha"))
+    """That the annotator was given; None: no other than a preference was asked."""
     both_bad: Mapped[bool] = mapped_column(server_default=text("0"))
     """A tie because neither reply is any good."""
     reason: Mapped[str | None]

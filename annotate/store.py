@@ -30,6 +30,7 @@ from sqlalchemy.exc import DatabaseError, IntegrityError
 
 from annotate import queue, rounds
 from annotate.engine import open_engine
+from annotate.form import Answers, Form
 from annotate.queue import Label, Past, Shown, Status
 from annotate.records import DataError, Item, Kind
 from annotate.schema import (
@@ -38,6 +39,7 @@ from annotate.schema import (
     Annotator,
     Base,
     Database,
+    FormText,
     Guideline,
     Invitation,
     Judgement,
@@ -59,9 +61,16 @@ class Current:
     task: str
     annotator: str
     preference: int | None
-    """In canonical order: positive says that the first completion is better. None: skipped."""
+    """In canonical order: positive says that the first completion is better. None: skipped, or not asked."""
+    answers: Answers
+    """In canonical order."""
     order: list[int]
     """Canonical index of each completion in the order it was shown."""
+
+    @property
+    def verdict(self) -> bool:
+        """Whether the main question was answered."""
+        return self.preference is not None or bool(self.answers.ranking) or self.answers.rating is not None
 
 
 @dataclass(frozen=True)
@@ -176,6 +185,13 @@ class Store:
             x.execute(insert(Guideline).prefix_with("OR IGNORE"), {"sha": sha, "text": text})
         return sha
 
+    def form(self, form: Form) -> str:
+        """Keep this form, and return the name under which labels refer to it."""
+        with self._write() as x:
+            row = {"sha": form.sha, "form": form.model_dump_json()}
+            x.execute(insert(FormText).prefix_with("OR IGNORE"), row)
+        return form.sha
+
     def progress(self, round_id: int, annotator: int | None = None) -> Progress:
         """Slots of the present list; for one annotator, tasks they did and tasks they could do."""
         mine = Slot.annotator_id == annotator
@@ -199,7 +215,7 @@ class Store:
             .subquery()
         )
         query = (
-            select(Task.key, Annotator.name, Judgement.preference, View.display_order)
+            select(Task.key, Annotator.name, Judgement.preference, Judgement.answers, View.display_order)
             .join(highest, (highest.c.slot_id == Judgement.slot_id) & (highest.c.rev == Judgement.rev))
             .join(View, (View.slot_id == Judgement.slot_id) & (View.lease == Judgement.lease))
             .join(Slot, Slot.id == Judgement.slot_id)
@@ -208,7 +224,10 @@ class Store:
             .where(Slot.round_id == round_id)
         )
         with self._read() as x:
-            found = [Current(*row) for row in x.execute(query)]
+            found = [
+                Current(task, name, preference, Answers.model_validate(answers or {}), order)
+                for task, name, preference, answers, order in x.execute(query)
+            ]
         return sorted(found, key=lambda label: (label.task, label.annotator))
 
     def invite(self, name: str) -> str:

@@ -3,8 +3,10 @@
     prefloop collect configs/quickstart.yaml
     prefloop collect configs/quickstart.yaml collect.annotators=people collect.labels=300
 
-Reads    items              prompts with two replies each
-Writes   judgements.jsonl   every label that counts, sorted by task and annotator
+Reads    items                  prompts with the replies to judge
+Writes   judgements.jsonl       every label that counts, sorted by task and annotator
+         demonstrations.jsonl   the better answers that people wrote, where their form has `edit`: `data` of a
+                                stage sft. Against the reply it was made from, each is a judgement too
 
 Both kinds of annotator write to the one label database (annotate/README.md), of which this stage takes a
 snapshot. People's labels belong to the texts they judged, so they survive changes of the stages before this.
@@ -13,13 +15,14 @@ A simulated label is a function of (seed, annotator, task), never of order or ti
 
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
+from itertools import combinations
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from annotate.records import Item, Judgement, Kind, write
-from stages.config import Items, NotInKey, StageConfig, UserError
-from stages.people import annotate, pairs, wait_for_people
+from annotate.records import Item, Judgement, Kind, Record, write
+from stages.config import Items, NotInKey, Reads, StageConfig, UserError
+from stages.people import annotate, fitting, load_form, wait_for_people
 from stages.run import Run
 
 if TYPE_CHECKING:
@@ -31,11 +34,15 @@ __all__ = ["VERSION", "Config", "annotate", "main"]
 VERSION = 1
 BATCH = 250
 """Labels that a simulated annotator saves in one transaction."""
+GRADE_MIDDLE = 4
+"""Less which grades 1 to 7 are -3 to 3, as preferences are: the measure of agreement sees only the order."""
 
 
 class Config(StageConfig):
     items: Items
     annotators: Literal["simulated", "people"] = "simulated"
+    form: Annotated[str | None, Reads("")] = None
+    """YAML file of what to ask people, as in configs/forms/; None: which of two replies is better."""
     overlap: int = Field(default=1, ge=1)
     """How many annotators judge each item."""
     labels: int | None = Field(default=None, ge=1)
@@ -44,27 +51,36 @@ class Config(StageConfig):
     """URL of the label database; None: labels.db in the folder of runs."""
 
     @model_validator(mode="after")
-    def _labels_are_peoples(self) -> Self:
+    def _for_people_only(self) -> Self:
         if self.labels is not None and self.annotators == "simulated":
             raise ValueError("labels is for annotators=people; simulated ones label every item")
+        if self.form is not None and self.annotators == "simulated":
+            raise ValueError("form is for annotators=people; simulated ones compare two replies")
         return self
 
 
 def main(config: Config, run: Run) -> None:
     from annotate.store import Store
 
-    items = pairs(config.items)
+    form = load_form(config.form)
+    items = fitting(config.items, form)
     store = Store(config.db)
     kind: Kind = "simulated" if config.annotators == "simulated" else "person"
     if kind == "simulated":
         round_id = simulate(store, items, config.overlap, run)
     else:
-        round_id = wait_for_people(store, items, config.overlap, config.labels, run)
+        round_id = wait_for_people(store, items, config.form, config.overlap, config.labels, run)
 
     labels = [label for label in store.labels(round_id) if label.task in items]
-    write(run.output("judgements.jsonl"), snapshot(items, labels, kind, run.stage))
+    judgements = snapshot(items, labels, kind, run.stage)
+    if form.edit:
+        demonstrations, against = edits(items, labels, kind, run.stage)
+        write(run.output("demonstrations.jsonl"), demonstrations)
+        run.record(demonstrations=len(demonstrations))
+        judgements += against
+    write(run.output("judgements.jsonl"), judgements)
     run.record(kind=kind, **measures(labels))
-    run.gate("verdicts", any(label.preference is not None for label in labels), "every item was skipped")
+    run.gate("verdicts", any(label.verdict for label in labels), "every item was skipped")
 
 
 def simulate(store: "Store", items: Mapping[str, Item], overlap: int, run: Run) -> int:
@@ -112,36 +128,74 @@ def snapshot(
             kind=kind,
             round=name,
             preference=label.preference,
+            **label.answers.model_dump(exclude={"edit"}),
         )
         for label in labels
     ]
+
+
+def edits(
+    items: Mapping[str, Item], labels: Sequence["Current"], kind: Kind, name: str
+) -> tuple[list[Record], list[Judgement]]:
+    """Better answers as demonstrations, and as preferred ("better", 2) to the replies they were made from."""
+    demonstrations, against = [], []
+    for label in labels:
+        edit, item = label.answers.edit, items[label.task]
+        if edit is None or edit.text == item.completions[edit.of]:
+            continue
+        shared = item.model_dump(exclude={"policies", "completions", "use"})
+        demonstrations.append(Record(**shared, use="sft", completion=edit.text))
+        texts = [edit.text, item.completions[edit.of]]
+        who: dict[str, Any] = {"annotator": label.annotator, "kind": kind, "round": name}
+        against.append(Judgement(**shared, use=item.use, completions=texts, preference=2, **who))
+    return demonstrations, against
 
 
 def measures(labels: Sequence["Current"]) -> dict[str, Any]:
     """What the manifest says of the labels: counts, agreement, leaning; intervals as _low and _high."""
     from annotate.agreement import first_shown_wins, krippendorff_alpha, raw_agreement
 
-    tasks: dict[str, list[int]] = defaultdict(list)
-    for label in labels:
-        if label.preference is not None:
-            tasks[label.task].append(label.preference)
-    verdicts = [preference for ratings in tasks.values() for preference in ratings]
-    shown = [(label.task, label.preference, label.order) for label in labels if label.preference is not None]
+    verdicts = [label for label in labels if label.verdict]
+    graded: dict[str, list[int]] = defaultdict(list)
+    compared: dict[str, list[int]] = defaultdict(list)
+    for label in verdicts:
+        if label.answers.rating is not None:
+            graded[label.task].append(label.answers.rating - GRADE_MIDDLE)
+        for pair, preference in comparisons(label):
+            compared[f"{label.task}{pair}"].append(preference)
     found: dict[str, Any] = {
         "labels": len(labels),
         "verdicts": len(verdicts),
         "skipped": len(labels) - len(verdicts),
-        "items_labelled": len(tasks),
+        "items_labelled": len({label.task for label in verdicts}),
         "labels_by": dict(sorted(Counter(label.annotator for label in labels).items())),
-        "tie_rate": verdicts.count(0) / len(verdicts) if verdicts else 0.0,
     }
+    flagged = Counter(name for label in labels for name in label.answers.flags)
+    if flagged:
+        found["flagged"] = dict(sorted(flagged.items()))
+    if graded:
+        return found | _with_interval("krippendorff_alpha", krippendorff_alpha(graded.values()))
+    preferences = [preference for of_task in compared.values() for preference in of_task]
+    found["tie_rate"] = preferences.count(0) / len(preferences) if preferences else 0.0
+    shown = [(label.task, label.preference, label.order) for label in labels if label.preference is not None]
     for name, estimate in (
-        ("agreement", raw_agreement(tasks.values())),
-        ("krippendorff_alpha", krippendorff_alpha(tasks.values())),
+        ("agreement", raw_agreement(compared.values())),
+        ("krippendorff_alpha", krippendorff_alpha(compared.values())),
         ("first_shown_wins", first_shown_wins(shown)),
     ):
         found |= _with_interval(name, estimate)
     return found
+
+
+def comparisons(label: "Current") -> list[tuple[str, int]]:
+    """(which two, preference) of the completions: one, or of a ranking all, as signs."""
+    if label.preference is not None:
+        return [("", label.preference)]
+    ranks = label.answers.ranking or []
+    return [
+        (f"/{i}/{j}", (ranks[i] < ranks[j]) - (ranks[i] > ranks[j]))
+        for i, j in combinations(range(len(ranks)), 2)
+    ]
 
 
 def _with_interval(name: str, estimate: "Estimate | None") -> dict[str, float]:

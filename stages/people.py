@@ -10,8 +10,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pydantic import ValidationError
+
+from annotate.form import Form
 from annotate.records import Item, read
+from stages import yamlfile
 from stages.config import Experiment, UserError, load
+from stages.errors import SettingsError
 from stages.run import Run, load_manifest, runs_root
 
 if TYPE_CHECKING:
@@ -35,7 +40,8 @@ def annotate(
     """
     experiment, stage, config = _collecting(config_path, overrides)
     seed = experiment.seed if config.seed is None else config.seed
-    items = pairs(_newest_items(experiment, config.items, seed))
+    form = load_form(config.form)
+    items = fitting(_newest_items(experiment, config.items, seed), form)
 
     from annotate.app import serve
     from annotate.entry import public_url
@@ -43,8 +49,10 @@ def annotate(
 
     url = public_url(url) if url else None
     store = Store(config.db)
-    round_id = open_round(store, items, experiment.name, stage, seed, config.overlap)
-    serve(store, round_id, experiment.name, name, port, url, _guidelines(Path(config_path)))
+    round_id = open_round(
+        store, items, round_name(experiment.name, stage, seed, config.form), seed, config.overlap
+    )
+    serve(store, round_id, experiment.name, name, port, url, _guidelines(Path(config_path)), form)
 
 
 def _guidelines(config_path: Path) -> str | None:
@@ -75,33 +83,48 @@ def _collecting(config_path: str | Path, overrides: Sequence[str]) -> tuple[Expe
     return experiment, stage, experiment.stages[stage]
 
 
-def pairs(path: str | Path) -> dict[str, Item]:
-    """The items by task. UserError unless each has two replies, which is what the scale compares."""
+def load_form(path: str | None) -> Form:
+    """The form in a YAML file, or the plain comparison. SettingsError with file and field."""
+    if path is None:
+        return Form()
+    raw = yamlfile.read(Path(path), "form")
+    try:
+        return Form.model_validate(raw or {})
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise SettingsError(f"{path}: {where and f'{where}: '}{first['msg']}") from None
+
+
+def fitting(path: str | Path, form: Form) -> dict[str, Item]:
+    """The items by task. UserError unless each has as many replies as the form is about."""
     items = {item.task: item for item in read(path, Item)}
     if not items:
         raise UserError(f"{path}: no items to judge; did all sampled replies come out the same?")
     for item in items.values():
-        if len(item.completions) != 2:
-            found = len(item.completions)
-            raise UserError(f"{path}: item {item.id} has {found} replies; sample with completions=2")
+        if wrong := form.takes(len(item.completions)):
+            raise UserError(f"{path}: item {item.id} has {wrong}; see the stage `sample`, completions")
     return items
 
 
-def open_round(
-    store: "Store", items: Mapping[str, Item], experiment: str, stage: str, seed: int, overlap: int
-) -> int:
-    name = f"{experiment}/{stage}/people-{seed}"
+def round_name(experiment: str, stage: str, seed: int, form: str | None) -> str:
+    """One round for each form, by the name of its file. Its wording may change: labels say which they had."""
+    return f"{experiment}/{stage}/people-{seed}" + (f"-{Path(form).stem}" if form else "")
+
+
+def open_round(store: "Store", items: Mapping[str, Item], name: str, seed: int, overlap: int) -> int:
     return store.open_round(name, list(items.values()), overlap=overlap, salt=str(seed))
 
 
 def wait_for_people(
-    store: "Store", items: Mapping[str, Item], overlap: int, wanted: int | None, run: Run
+    store: "Store", items: Mapping[str, Item], form: str | None, overlap: int, wanted: int | None, run: Run
 ) -> int:
     """Open people's round and return its id when `wanted` verdicts are there (None: every slot is labelled).
 
     Leave with Ctrl-C and come back at any time; whoever labels in between is counted.
     """
-    round_id = open_round(store, items, run.experiment, run.stage, run.seed, overlap)
+    name = round_name(run.experiment, run.stage, run.seed, form)
+    round_id = open_round(store, items, name, run.seed, overlap)
     have, missing = count(store, round_id, items, wanted)
     if missing:
         run.say(f"{missing} labels missing: open the page with `prefloop annotate CONFIG` or `make annotate`")
@@ -123,7 +146,7 @@ def count(store: "Store", round_id: int, items: Mapping[str, Item], wanted: int 
     open_slots = progress.asked - progress.done
     if wanted is None:
         return progress.done, open_slots
-    verdicts = sum(label.task in items and label.preference is not None for label in store.labels(round_id))
+    verdicts = sum(label.task in items and label.verdict for label in store.labels(round_id))
     return verdicts, min(max(0, wanted - verdicts), open_slots)
 
 

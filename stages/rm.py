@@ -61,7 +61,12 @@ def main(config: Config, run: Run) -> None:
     reloaded, _ = load_reward(run.output("model"))
     reloaded.path = model.path
     check_reload(model, reloaded, examples[:16])
-    measure(reloaded, tokenizer, train_rows, held_out, limit, run)
+    measure(reloaded, tokenizer, in_pairs(train_rows), in_pairs(held_out), limit, run)
+
+
+def in_pairs(judgements: Sequence[Judgement]) -> list[Judgement]:
+    """Of two completions each: rankings of more become all their pairs."""
+    return [pair for judgement in judgements for pair in judgement.pairs()]
 
 
 def comparisons(tokenizer: Any, judgements: Sequence[Judgement], limit: int, run: Run) -> "list[Comparison]":
@@ -90,7 +95,7 @@ def usable(
 
     examples = []
     faults: dict[str, list[str]] = {name: [] for name in FAULTS}
-    rows = sorted((j for j in judgements if len(j.completions) == 2), key=lambda j: j.task)
+    rows = sorted(in_pairs(judgements), key=lambda j: j.task)
     for task, group in groupby(rows, key=lambda j: j.task):
         of_pair = list(group)
         first = of_pair[0]
@@ -105,7 +110,7 @@ def usable(
             faults[wrong].append(task)
         else:
             examples.append(example)
-    faults["not_a_pair"] = [j.task for j in judgements if len(j.completions) != 2]
+    faults["not_a_pair"] = [j.task for j in judgements if not j.pairs()]
     return examples, faults
 
 

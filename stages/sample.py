@@ -77,12 +77,12 @@ def choose(records: Sequence[Record], config: Config) -> list[Record]:
 
 
 def to_items(completions: Sequence[Completion]) -> list[Item]:
-    """One item for each prompt, of its distinct replies in the order sampled; none where all are the same."""
+    """One item for each prompt, of its distinct replies in the order sampled; none where several are one."""
     items = []
     for _, group in groupby(completions, key=lambda c: c.id):
         replies = list(group)
         distinct = list(dict.fromkeys(reply.completion for reply in replies))
-        if len(distinct) > 1:
+        if len(distinct) > 1 or len(replies) == 1:
             shared = replies[0].model_dump(include={"id", "split", "use", "prompt", "facts"})
             items.append(Item(**shared, completions=distinct, policies=[replies[0].policy] * len(distinct)))
     return items

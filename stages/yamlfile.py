@@ -42,11 +42,11 @@ def parse(text: str, where: str) -> Any:
         raise SettingsError(f"{where}{line}: {getattr(error, 'problem', None) or error}") from None
 
 
-def read(path: Path) -> Any:
+def read(path: Path, what: str = "experiment") -> Any:
     try:
         return parse(path.read_text(encoding="utf-8"), str(path))
     except (FileNotFoundError, IsADirectoryError):
-        raise SettingsError(f"{path}: no such experiment file; configs/ has some to start from") from None
+        raise SettingsError(f"{path}: no such {what} file; configs/ has some to start from") from None
     except UnicodeDecodeError:
         raise SettingsError(f"{path}: not a text file") from None
 

@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 from sqlalchemy import text
 
+from annotate.form import Answers
 from annotate.gate import cookie_name
 from annotate.records import Item, Message, prompt_id
 from annotate.store import Store
@@ -122,7 +123,8 @@ def test_a_label_goes_in_and_comes_back_as_history(server: Server) -> None:
     assert answer["statuses"] == ["saved"] and answer["progress"]["done"] == before + 1
     assert answer["tasks"][0] == second and first not in answer["tasks"]
     assert ann.step(label)["statuses"] == ["duplicate"]
-    assert ann.call("hello", {})[1]["history"] == [{**first, "preference": -2, "both_bad": False}]
+    said = {"preference": -2, "both_bad": False, "answers": Answers().model_dump()}
+    assert ann.call("hello", {})[1]["history"] == [first | said]
 
 
 def test_nothing_the_browser_gets_names_a_policy(server: Server) -> None:

@@ -74,7 +74,7 @@ def test_ten_labels_by_keyboard_with_undo_and_skip(visit: Visit, served: Served,
     last, _ = desk.judge("2")
     desk.press("u")
     assert desk.task == last
-    assert desk.page.get_attribute('.scale [aria-pressed="true"]', "data-preference") == "2"
+    assert desk.page.get_attribute('.scale [aria-pressed="true"]', "data-value") == "2"
     again, changed = desk.judge("6")
     assert again == last
     expected[last] = changed
@@ -239,7 +239,7 @@ def test_labels_survive_a_killed_server_and_a_closed_page(visit: Visit, served: 
     page.wait_for_selector('.stage[data-state="task"][data-unsent="0"]', timeout=15_000)
     assert {task: label.preference for task, label in served.labels("cat").items()} == dict(done)
     page.keyboard.press("u")  # and they can be changed after a reload
-    page.wait_for_selector('.stage[data-state="past"] [aria-pressed="true"][data-preference="0"]')
+    page.wait_for_selector('.stage[data-state="past"] [aria-pressed="true"][data-value="0"]')
 
 
 def test_a_bounced_or_held_key_judges_one_pair(visit: Visit, served: Served) -> None:

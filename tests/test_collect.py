@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from annotate.form import Form
 from annotate.queue import Label
 from annotate.records import Item, Judgement, prompt_id, read, write
 from annotate.store import Store
@@ -238,11 +239,12 @@ def test_annotate_serves_the_newest_complete_sample(
             write(run.output("items.jsonl"), some)
 
     (tmp_path / "test.guidelines.md").write_text("Prefer the truth.")
-    served: list[tuple[Store, int, str, str | None, int, str | None, str | None]] = []
+    served: list[tuple[Store, int, str, str | None, int, str | None, str | None, Form]] = []
     monkeypatch.setattr("annotate.app.serve", lambda *arguments: served.append(arguments))
     annotate(str(config), ["collect.overlap=3"], port=1234, name="ann")
-    [(store, round_id, title, name, port, url, guidelines)] = served
+    [(store, round_id, title, name, port, url, guidelines, form)] = served
     assert (title, name, port, url, guidelines) == ("test", "ann", 1234, None, "Prefer the truth.")
+    assert form == Form()
     assert store.round("test/collect/people-0") == round_id
     assert store.progress(round_id).asked == 12
     assert {v.task for v in store.step(round_id, store.annotator("ann"), want=99)[1]} == {

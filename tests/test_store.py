@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from sqlalchemy import text
 
+from annotate.form import Answers
 from annotate.queue import Label, Past, Shown
 from annotate.records import DataError, Item, Message, prompt_id
 from annotate.store import Store
@@ -100,7 +101,7 @@ def test_history_comes_oldest_first_in_the_order_shown(store: Store) -> None:
     for preference, view in enumerate(views, -2):
         store.step(round_id, me, [label(view, preference)])
     store.step(round_id, me, [label(views[0], 3, "again")])
-    past = [Past(view, said, False) for view, said in zip(views, [3, -1, 0, 1, 2], strict=True)]
+    past = [Past(view, said, False, Answers()) for view, said in zip(views, [3, -1, 0, 1, 2], strict=True)]
     assert store.history(round_id, me) == past
     assert store.history(round_id, me, limit=2) == past[3:]
 
@@ -306,10 +307,10 @@ def test_the_schema_itself_refuses_what_must_not_happen(store: Store, statement:
 
 
 def test_claims_use_the_partial_indexes(store: Store) -> None:
-    from annotate.queue import _EXPIRED, _FREE
+    from annotate.statements import EXPIRED, FREE
 
     store.open_round("r", ITEMS)
-    for query, index in ((_FREE, "slots_free"), (_EXPIRED, "slots_open")):
+    for query, index in ((FREE, "slots_free"), (EXPIRED, "slots_open")):
         with store._read() as x:
             values = {"round": 1, "me": 1, "n": 3, "now": 0.0}
             compiled = query.params(values).compile(x, compile_kwargs={"literal_binds": True})

@@ -2,7 +2,7 @@
 
 const KEYS = {
   s: () => task() && openDialog(skipping), u: back, Backspace: back, Enter: forward, Escape: forward,
-  0: () => judge(0, { bad: true }), '?': () => openDialog(help), g: () => openDialog(reading),
+  0: bothAreBad, n: () => openMore(), '=': tieNext, '?': () => openDialog(help), g: () => openDialog(reading),
   d: toggleTheme, c: toggleConversation, m: toggleFormat, x: toggleMarked,
   j: () => $('.work').scrollBy(0, 120), k: () => $('.work').scrollBy(0, -120),
 };
@@ -10,10 +10,10 @@ const KEYS = {
 function press(event) {
   if (!element.isConnected) return document.removeEventListener('keydown', press);
   if (event.repeat || event.ctrlKey || event.metaKey || event.altKey || event.isComposing) return undefined;
-  if ($('dialog[open]') || event.target.closest('input, textarea')) return undefined;
+  if ($('dialog[open]') || event.target.closest('input, textarea, select')) return undefined;
   if (event.key === 'Enter' && event.target.closest('button, a')) return undefined; // presses that button
   const key = event.key.length === 1 ? event.key.toLowerCase() : event.key;
-  const act = /^[1-7]$/.test(key) ? () => judge(4 - Number(key)) : KEYS[key];
+  const act = /^[1-9]$/.test(key) ? () => answer(Number(key)) : KEYS[key];
   if (act && stage.dataset.state !== 'loading') {
     event.preventDefault();
     act();
@@ -51,19 +51,32 @@ stage.dataset.theme = localStorage.getItem('prefloop-theme') || dark;
 stage.dataset.format = localStorage.getItem('prefloop-format') || 'raw';
 document.addEventListener('keydown', press);
 window.addEventListener('online', () => prefix && send());
-scale.forEach((button, i) => click(`.scale button:nth-child(${i + 1})`, () => judge(Number(button.dataset.preference))));
+$('.scale').addEventListener('click', (event) => {
+  const button = event.target.closest('button');
+  if (!button) return;
+  const n = [...button.parentElement.children].indexOf(button) + 1;
+  if (event.detail) button.blur();
+  answer(n);
+});
 click('.back', back);
 click('.skip', KEYS.s);
 click('.help-open', KEYS['?']);
 click('.guidelines-open', KEYS.g);
-click('.both-bad', KEYS[0]);
+click('.both-bad', bothAreBad);
+click('.tied', tieNext);
+click('.more-open', () => openMore());
 click('.format', toggleFormat);
 click('.marked', toggleMarked);
 click('.theme', toggleTheme);
 click('.skip-why .cancel', () => skipping.close());
 skipping.addEventListener('close', () => {
   const [act, why] = skipping.returnValue.split(': ');
-  if (act === 'skip') judge(null, { reason: why || skipping.querySelector('input').value.trim() });
+  if (act === 'skip') judge({ reason: why || skipping.querySelector('input').value.trim() });
 });
 reading.addEventListener('close', haveRead);
+more.addEventListener('close', readMore);
+more.querySelector('select').addEventListener('change', startEdit);
+more.addEventListener('keydown', (event) => {
+  if (event.key === 'Enter' && event.ctrlKey) more.querySelector('[value="done"]').click();
+});
 start();

@@ -23,7 +23,7 @@ function recall() {
   entries.forEach(({ label, task: it }) => {
     unsent.push(label);
     const known = past.find((other) => other.key === pair(label.token));
-    const said = { preference: label.preference, both_bad: label.both_bad };
+    const said = { preference: label.preference, both_bad: label.both_bad, answers: label.answers || {} };
     if (known) Object.assign(known, said);
     else {
       if (it) past.push({ ...it, ...said });
@@ -103,6 +103,7 @@ async function start() {
   recall();
   $('.title').textContent = reply.title;
   $('.name').textContent = reply.name;
+  useForm(reply.form);
   introduce(reply.guidelines);
   send();
 }

@@ -6,15 +6,29 @@ const html = new Map(); // pair -> what the server made of its texts
 
 function fill(it) {
   const rich = stage.dataset.format === 'markdown' && it ? html.get(it.key) : null;
-  const [a, b] = it ? it.completions : ['', ''];
-  const marked = stage.dataset.marked === 'yes' && !rich ? differences(a, b) : null;
+  const texts = it ? it.completions : ['', ''];
+  const boxes = boxesFor(texts.length);
+  const marked = stage.dataset.marked === 'yes' && !rich && texts.length === 2 ? differences(...texts) : null;
   $('.conversation').replaceChildren(...(it ? it.messages : []).map((message, i) => bubble(message, rich && rich.messages[i])));
-  replies.forEach((box, i) => {
-    put(box, i ? b : a, rich && rich.completions[i]);
+  boxes.forEach((box, i) => {
+    put(box, texts[i], rich && rich.completions[i]);
     if (marked) box.replaceChildren(...marked[i]);
-    box.previousElementSibling.querySelector('.note').textContent = HIDDEN.test(i ? b : a) ? 'has hidden characters' : '';
+    box.previousElementSibling.querySelector('.note').textContent = HIDDEN.test(texts[i]) ? 'has hidden characters' : '';
   });
   if (it && stage.dataset.format === 'markdown' && !rich) ask();
+}
+
+// As many replies as the task has.
+function boxesFor(count) {
+  const holder = $('.replies');
+  while (holder.children.length > count) holder.lastElementChild.remove();
+  while (holder.children.length < count) holder.append(holder.firstElementChild.cloneNode(true));
+  holder.style.setProperty('--columns', count === 4 ? 2 : Math.min(count, 3));
+  [...holder.children].forEach((article, i) => {
+    article.setAttribute('aria-label', count === 1 ? 'Reply' : `Reply ${LETTERS[i]}`);
+    article.querySelector('h2 b').textContent = count === 1 ? 'Reply' : LETTERS[i];
+  });
+  return [...holder.querySelectorAll('.text')];
 }
 
 function put(box, text, rich) {

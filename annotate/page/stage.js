@@ -1,4 +1,4 @@
-// The labelling page: this, reading.js, outbox.js and keys.js. Gradio runs them, one after the other, as the body of
+// The labelling page: this, form.js, reading.js, outbox.js and keys.js. Gradio runs them, one after the other, as the body of
 // one function of (element, trigger, props, server, ...).
 //
 // A press is kept in this browser and the next pair shown at once; sending happens behind it. Whatever was not
@@ -8,24 +8,18 @@
 
 const $ = (selector) => element.querySelector(selector);
 const stage = $('.stage');
-const scale = [...element.querySelectorAll('.scale button')];
-const replies = [...element.querySelectorAll('.replies .text')];
-const [help, skipping, reading] = [$('.help'), $('.skip-why'), $('.guidelines')];
+const [help, skipping, reading, more] = [$('.help'), $('.skip-why'), $('.guidelines'), $('.more')];
 const bothBad = $('.both-bad');
 const WANT = 4; // pairs held: one on the screen, three in reserve
 const BATCH = 20; // labels in one message
 const BOUNCE = 150; // ms: a key so soon after a label is the bounce of the last press, for nobody reads that fast
-const VERDICTS = {
-  3: 'A much better', 2: 'A better', 1: 'A slightly better', 0: 'tie',
-  '-1': 'B slightly better', '-2': 'B better', '-3': 'B much better', null: 'skipped',
-};
 
 let prefix = ''; // of this person's labels in localStorage: database, round, annotator
 let unsent = []; // labels without acknowledgement, oldest first
 const fresh = new Set(); // pairs among them that the server counts as open still
 let reserve = []; // pairs handed out, not shown yet
 let current = null; // the pair to judge
-let past = []; // pairs judged, oldest first, each with its preference in the order shown
+let past = []; // pairs judged, oldest first, each with its label in the order shown
 let at = null; // index in `past` while an earlier label is looked at
 let counted = { asked: 0, done: 0 }; // by the server
 let durations = []; // ms of the last labels
@@ -47,12 +41,9 @@ function show() {
   stage.dataset.state = at !== null ? 'past' : it ? 'task' : 'empty';
   stage.dataset.task = it ? it.key : '';
   stage.dataset.marked = 'no';
+  begin(it);
   fill(it);
-  const said = at === null || it.both_bad ? null : it.preference;
-  scale.forEach((button) => {
-    button.setAttribute('aria-pressed', String(said !== null && said === Number(button.dataset.preference)));
-  });
-  bothBad.setAttribute('aria-pressed', String(at !== null && Boolean(it.both_bad)));
+  mark();
   report();
   $('.conversation').dataset.cut = 'no';
   endOfConversation(); // reads the layout, so last: one layout for each pair
@@ -86,45 +77,52 @@ function report() {
 }
 
 function question() {
-  if (at === null) return 'Which reply answers the last message better?';
-  return `${past.length - at} back you said: ${verdict(past[at])}. Press to change it, Enter to leave it.`;
-}
-
-function verdict({ preference, both_bad: bad }) {
-  return bad ? 'both bad' : VERDICTS[preference];
+  const asked = currentQuestion();
+  if (at === null) return asked;
+  return `${past.length - at} back you said: ${verdict(past[at])}. ${several() ? asked : 'Press to change it, Enter to leave it.'}`;
 }
 
 function nothing() {
-  if (trouble || sending) return 'Waiting for the next pair ...';
-  return 'Nothing left to judge for now. Thank you! New pairs will show up here by themselves.';
+  if (trouble || sending) return 'Waiting for the next one ...';
+  return 'Nothing left to judge for now. Thank you! New ones will show up here by themselves.';
 }
 
 // ---- judging
 
-function judge(preference, { reason = '', bad = false } = {}) {
-  const it = task();
+// A press so soon after the last one is its bounce.
+function bounced() {
   const now = performance.now();
-  if (!it || now - judgedAt < BOUNCE) return;
-  judgedAt = now;
-  const ms = Math.round(now - shownAt);
+  const soon = now - judgedAt < BOUNCE;
+  if (!soon) judgedAt = now;
+  return soon;
+}
+
+// Saves the label, with what the draft holds besides.
+function judge({ preference = null, rating = null, ranking = null, bad = false, reason = '' }) {
+  const it = task();
+  if (!it) return;
+  const ms = Math.round(performance.now() - shownAt);
   const nonce = [...crypto.getRandomValues(new Uint32Array(2))].map((n) => n.toString(36)).join('');
-  const label = { token: `${it.key}-${nonce}`, preference, both_bad: bad, client_ms: ms, guidelines };
+  const said = { preference, both_bad: bad, answers: { ...besides(), rating, ranking } };
+  const label = { token: `${it.key}-${nonce}`, ...said, form: form.id, client_ms: ms, guidelines };
   keep(it, { ...label, reason: reason ? reason.toWellFormed() : null });
   if (at === null) {
     fresh.add(it.key);
-    past.push({ ...it, preference, both_bad: bad });
+    past.push({ ...it, ...said });
     durations = [...durations, ms].slice(-20);
     current = reserve.shift() || null;
+    forget();
   } else {
-    Object.assign(past[at], { preference, both_bad: bad });
+    Object.assign(past[at], said);
     at = null;
   }
-  $('.last').textContent = `Last: ${verdict({ preference, both_bad: bad })}`;
+  $('.last').textContent = `Last: ${verdict(said)}`;
   show();
   send();
 }
 
 function back() {
+  if (takeBack()) return;
   const earlier = (at === null ? past.length : at) - 1;
   if (earlier >= 0) {
     at = earlier;

@@ -1,0 +1,97 @@
+"""The statements of `annotate.queue`, built once."""
+
+from sqlalchemy import Integer, and_, bindparam, func, insert, or_, select, text, update
+from sqlalchemy.orm import aliased
+
+from annotate.schema import (
+    Annotator,
+    FormText,
+    Guideline,
+    Judgement,
+    Prompt,
+    Response,
+    Round,
+    Slot,
+    Task,
+    View,
+)
+
+_me, _round, _n = (bindparam(name, type_=Integer) for name in ("me", "round", "n"))
+_slots = bindparam("slots", type_=Integer, expanding=True)
+_other = aliased(Slot)
+_first = aliased(Judgement)
+
+ROUND = select(Round.lease, Round.overlap, Round.salt).where(Round.id == _round)
+NAME = select(Annotator.name).where(Annotator.id == _me)
+MINE = (
+    select(Slot.id, Slot.lease_until)
+    .where(Slot.annotator_id == _me, Slot.round_id == _round, Slot.state == "open", Slot.active)
+    .order_by(Slot.priority.desc(), Slot.id)
+    .limit(_n)
+)
+AVAILABLE = (
+    select(Slot.id, Slot.task_id, Slot.lease, Task.key, Task.response_ids)
+    .join(Task, Task.id == Slot.task_id)
+    .where(
+        Slot.round_id == _round,
+        or_(Slot.reserved_id.is_(None), Slot.reserved_id == _me),
+        ~select(_other.id).where(_other.annotator_id == _me, _other.task_id == Slot.task_id).exists(),
+    )
+    .limit(_n)
+)
+# Literal conditions, as the partial indexes have them: with a parameter SQLite would not use those.
+FREE = AVAILABLE.where(text("slots.state = 'free' AND slots.active = 1")).order_by(
+    Slot.priority.desc(), Slot.id
+)
+EXPIRED = AVAILABLE.where(
+    text("slots.state = 'open' AND slots.active = 1"), Slot.lease_until < bindparam("now")
+).order_by(Slot.lease_until)
+EXTEND = update(Slot).where(Slot.id.in_(_slots)).values(lease_until=bindparam("until"))
+TAKE = (
+    update(Slot.__table__)  # type: ignore[arg-type]
+    .where(Slot.id == bindparam("slot"))
+    .values(state="open", annotator_id=bindparam("who"), lease=Slot.lease + 1, lease_until=bindparam("until"))
+)
+VIEW = insert(View.__table__)  # type: ignore[arg-type]
+HELD = (
+    select(View.slot_id, View.lease, View.display_order, Task.key, Task.response_ids, Prompt.messages)
+    .join(Slot, and_(Slot.id == View.slot_id, Slot.lease == View.lease))
+    .join(Task, Task.id == Slot.task_id)
+    .join(Prompt, Prompt.id == Task.prompt_id)
+)
+OPEN = HELD.where(Slot.id.in_(_slots))
+HELD_BY = OPEN.where(View.annotator_id == _me, Slot.round_id == _round)
+TEXTS = select(Response.id, Response.text).where(Response.id.in_(bindparam("ids", expanding=True)))
+SHOWN = (
+    select(View.slot_id, View.lease, View.display_order)
+    .add_columns(and_(Slot.lease == View.lease, Slot.annotator_id == _me).label("held"))
+    .join(Slot, Slot.id == View.slot_id)
+    .where(View.slot_id.in_(_slots), View.annotator_id == _me, Slot.round_id == _round)
+)
+REVISIONS = (
+    select(Judgement.slot_id, (func.max(Judgement.rev) + 1).label("next"))
+    .where(Judgement.slot_id.in_(_slots), Judgement.rev.is_not(None))
+    .group_by(Judgement.slot_id)
+)
+SEEN = select(Judgement.token).where(Judgement.token.in_(bindparam("tokens", expanding=True)))
+JUDGE = insert(Judgement.__table__).values(  # type: ignore[arg-type]
+    guidelines=select(Guideline.sha).where(Guideline.sha == bindparam("read")).scalar_subquery()
+)
+DONE = update(Slot).where(Slot.id.in_(_slots)).values(state="done", lease_until=None)
+_last = aliased(Judgement)
+FORMS = select(FormText.sha, FormText.form).where(FormText.sha.in_(bindparam("shas", expanding=True)))
+HISTORY = (
+    HELD.add_columns(_last.preference, _last.both_bad, _last.answers)
+    .join(_first, and_(_first.slot_id == Slot.id, _first.rev == 0))
+    .join(_last, _last.slot_id == Slot.id)
+    .where(_first.annotator_id == _me, Slot.round_id == _round)
+    .where(
+        _last.rev
+        == select(func.max(Judgement.rev))
+        .where(Judgement.slot_id == Slot.id)
+        .correlate(Slot)
+        .scalar_subquery()
+    )
+    .order_by(_first.id.desc())
+    .limit(_n)
+)
