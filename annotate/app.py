@@ -43,8 +43,8 @@ def serve(
     """Serve the page on 127.0.0.1 until interrupted. `name`: who works, else the browser is asked.
 
     `url`: where a proxy makes the page reachable to others, who then enter by invitation only.
-    `guidelines`: Markdown to read before work, else page/guidelines.md. `form`: what to ask, else
-    which of two replies is better.
+    `guidelines`: Markdown to read before work, else those of the form in page/. `form`: what to ask,
+    else which of two replies is better.
     Raises DataError when the port is taken. Port 0 takes a free one.
     """
     import uvicorn
@@ -85,8 +85,9 @@ def application(
         store.annotator(name)  # refuses a bad name now rather than in the browser
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
     add_entry(app, store, name, url)
-    text = page_file("guidelines.md") if guidelines is None else guidelines
-    calls = Calls(store, round_id, title, text, form or Form())
+    form = form or Form()
+    text = page_file(f"guidelines-{form.kind}.md") if guidelines is None else guidelines
+    calls = Calls(store, round_id, title, text, form)
     component = _mount_page(app, calls, title)
     return Gate(app, store, component, set(FUNCTIONS), url)
 

@@ -7,6 +7,7 @@ import pytest
 from axe_playwright_python.base import AXE_SCRIPT
 from playwright.sync_api import Browser, Page
 
+from stages import yamlfile
 from tests.desk import Desk, Served, chromium
 from tests.test_app import item
 
@@ -60,6 +61,25 @@ def test_no_page_has_a_serious_fault(browser: Browser, served: Served, width: in
     desk.press("u")
     assert faults(desk.page) == []
     context.close()
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("name", ["ranking", "rating", "helpful-honest-harmless", "demonstrations"])
+def test_no_form_has_a_serious_fault(browser: Browser, tmp_path: Path, name: str, scheme: str) -> None:
+    replies = {"ranking": 4, "rating": 1}.get(name, 2)
+    texts = ["one", "two", "three", "four"][:replies]
+    tasks = [item(n).model_copy(update={"completions": [f"{text} {n}" for text in texts]}) for n in range(5)]
+    form = yamlfile.read(Path("configs/forms") / f"{name}.yaml")
+    served = Served(tmp_path, tasks, form=form)
+    context = browser.new_context(viewport={"width": 1200, "height": 800}, color_scheme=scheme)
+    desk = Desk(context, served, "ann")
+    desk.press("2")
+    assert faults(desk.page) == []
+    desk.press("n")
+    assert desk.page.query_selector("dialog.more[open]")
+    assert faults(desk.page) == []
+    context.close()
+    served.kill()
 
 
 def test_everything_is_reached_by_tab_and_named(browser: Browser, served: Served) -> None:

@@ -11,6 +11,7 @@ from PIL import Image
 from playwright.sync_api import Browser
 
 from annotate.records import Item, Message, prompt_id
+from stages import yamlfile
 from tests.desk import Desk, Served, chromium
 
 FOLDER = Path("results/annotate")
@@ -81,6 +82,28 @@ def visit(browser: Browser, served: Served, name: str, width: int, height: int, 
     context.close()
 
 
+def forms(browser: Browser, folder: Path) -> None:
+    """A ranking of four, and a pair of which more is asked."""
+    four = [
+        item.model_copy(update={"completions": [*item.completions, item.completions[0][:99], ASKED[1]]})
+        for item in items()
+    ]
+    for name, tasks, keys in (("ranking", four, "31"), ("helpful-honest-harmless", items(), "2")):
+        (folder / name).mkdir()
+        served = Served(folder / name, tasks, form=yamlfile.read(Path(f"configs/forms/{name}.yaml")))
+        context = browser.new_context(viewport={"width": 1200, "height": 800})
+        desk = Desk(context, served, "viewer")
+        for key in keys:
+            desk.press(key)
+        desk.page.wait_for_timeout(200)
+        small(desk.page.screenshot(), f"form-{name}")
+        desk.press("n")
+        desk.page.wait_for_timeout(200)
+        small(desk.page.screenshot(), f"form-{name}-note")
+        context.close()
+        served.kill()
+
+
 def main() -> None:
     FOLDER.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder, chromium() as browser:
@@ -89,6 +112,7 @@ def main() -> None:
         visit(browser, served, "dark", 1200, 800, "dark")
         visit(browser, served, "phone", 390, 780, "light")
         served.kill()
+        forms(browser, Path(folder))
 
 
 if __name__ == "__main__":
