@@ -14,8 +14,8 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_vali
 
 MOST = 8
 """Replies in one ranking: what keys 1 to 8 reach, and more than people can order well."""
-LONGEST = 20_000
-"""Characters of a better answer or a rationale."""
+LONGEST = 10_000
+"""Characters of a better answer or a rationale: one label fits in a message to the server (gate.LARGEST)."""
 
 Name = Annotated[str, StringConstraints(pattern=r"^[a-z][a-z0-9_-]{0,29}$")]
 Line = Annotated[str, StringConstraints(min_length=1, max_length=200)]
@@ -90,7 +90,9 @@ class Answers(Closed):
     """Rank of each reply: 1 = best, equal numbers = tie."""
     rating: Annotated[int, Field(ge=1, le=7)] | None = None
     attributes: dict[Name, Annotated[int, Field(ge=-3, le=7)]] = Field(default={}, max_length=6)
-    flags: dict[Name, list[Annotated[int, Field(ge=0, lt=MOST)]]] = Field(default={}, max_length=8)
+    flags: dict[Name, Annotated[list[Annotated[int, Field(ge=0, lt=MOST)]], Field(max_length=MOST)]] = Field(
+        default={}, max_length=8
+    )
     """Name -> the replies that have it."""
     rationale: Long | None = None
     edit: Edit | None = None

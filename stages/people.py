@@ -44,10 +44,14 @@ def annotate(
     items = fitting(_newest_items(experiment, config.items, seed), form)
 
     from annotate.app import serve
+    from annotate.blinding import giveaways
     from annotate.entry import public_url
     from annotate.store import Store
 
     url = public_url(url) if url else None
+    for found in giveaways(items.values()):
+        if found.serious:
+            print(f"warning: {found}", flush=True)
     store = Store(config.db)
     round_id = open_round(
         store, items, round_name(experiment.name, stage, seed, config.form), seed, config.overlap

@@ -193,6 +193,25 @@ def test_a_reason_that_is_asked_for_is_asked_for_once(work: Callable[..., Desk])
     assert len(desk.served.labels("ann")) == 2
 
 
+def test_long_answers_kept_offline_arrive_in_messages_the_server_takes(work: Callable[..., Desk]) -> None:
+    desk = work({"edit": True, "rationale": "optional"}, 2)
+    desk.page.context.set_offline(True)
+    for _ in range(4):  # as many as the page holds
+        desk.press("n")
+        desk.page.fill("[name=rationale]", "\u00e4\u4e2d" * 5000)
+        desk.page.select_option("[name=of]", index=1)
+        desk.page.fill("[name=edit]", "\t\u4e2d" * 5000)
+        desk.page.keyboard.press("Control+Enter")
+        desk.page.wait_for_selector(".more", state="hidden")
+        desk.press("1")
+    assert int(desk.page.get_attribute(".stage", "data-unsent") or 0) == 4
+    desk.page.context.set_offline(False)
+    desk.sent()
+    kept = [label.answers for label in desk.served.labels("ann").values()]
+    assert [len(answers.rationale or "") for answers in kept] == [10_000] * 4
+    assert all(answers.edit is not None and len(answers.edit.text) == 10_000 for answers in kept)
+
+
 def test_a_form_on_a_phone(work: Callable[..., Desk], tmp_path: Path) -> None:
     phone = {"viewport": {"width": 390, "height": 780}, "has_touch": True, "is_mobile": True}
     desk = work(RANKS, 4, **phone)

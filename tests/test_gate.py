@@ -51,6 +51,15 @@ LABEL = near(
     preference=st.integers(-4, 4) | st.none(),
     reason=st.text(ANY, max_size=2100) | st.none(),
     client_ms=st.integers(-1, 10**11),
+    form=st.sampled_from(["0" * 16, None]) | JSON,
+    answers=near(
+        ranking=st.lists(st.integers(0, 9), max_size=9) | st.none(),
+        rating=st.integers(0, 8) | st.none(),
+        attributes=st.dictionaries(st.text(ANY), st.integers(-4, 8), max_size=2),
+        flags=st.dictionaries(st.text(ANY), st.lists(st.integers(-1, 9), max_size=2), max_size=2),
+        rationale=st.text(ANY, max_size=20) | st.none(),
+        edit=near(of=st.integers(-1, 9), text=st.text(ANY, max_size=20)) | st.none(),
+    ),
 )
 STEP = near(labels=st.lists(LABEL | JSON, max_size=5), want=st.integers(-1, 12), count=st.booleans())
 

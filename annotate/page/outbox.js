@@ -32,13 +32,21 @@ function recall() {
   });
 }
 
+function message() {
+  let size = 0;
+  return unsent.slice(0, BATCH).filter((label, i) => {
+    size += JSON.stringify(label).length;
+    return i === 0 || size < LARGEST;
+  });
+}
+
 async function send() {
   if (sending) return;
   sending = true;
   clearTimeout(timer);
   try {
     do {
-      const labels = unsent.slice(0, BATCH);
+      const labels = message();
       const idle = labels.length === 0 || !current;
       const reply = await call('step', { labels, want: WANT, count: idle || past.length % 10 === 0 });
       if (!reply) return;

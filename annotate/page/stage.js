@@ -11,7 +11,8 @@ const stage = $('.stage');
 const [help, skipping, reading, more] = [$('.help'), $('.skip-why'), $('.guidelines'), $('.more')];
 const bothBad = $('.both-bad');
 const WANT = 4; // pairs held: one on the screen, three in reserve
-const BATCH = 20; // labels in one message
+const BATCH = 20; // labels in one message, of no more than LARGEST characters unless it is a single one
+const LARGEST = 40000;
 const BOUNCE = 150; // ms: a key so soon after a label is the bounce of the last press, for nobody reads that fast
 
 let prefix = ''; // of this person's labels in localStorage: database, round, annotator
