@@ -32,6 +32,8 @@ commands
   annotate CONFIG  open the labelling page (--port 7860; --as NAME, else the page asks who you are)
                      --url https://label.example.org   others enter, by invitation, through a proxy there
                      --invite NAME   print the link by which NAME enters, and no more
+                     --backup FILE   copy the labels there, and check the copy; people may be working
+                     --check         look whether the label database is sound
   chat RUN         talk to a policy
 
   {stages}
@@ -188,9 +190,13 @@ def _annotate(argv: list[str], command: str) -> int:
     who.add_argument("--as", dest="name", metavar="NAME")
     who.add_argument("--url", metavar="URL")
     parser.add_argument("--invite", metavar="NAME")
+    parser.add_argument("--backup", metavar="FILE", type=Path)
+    parser.add_argument("--check", action="store_true")
     args = parser.parse_intermixed_args(argv)
-    from stages.people import annotate, invite
+    from stages.people import annotate, care_for, invite
 
+    if args.backup or args.check:
+        return care_for(args.config, args.overrides, args.backup)
     if args.invite is not None:
         print(invite(args.config, args.overrides, args.invite, args.url or f"http://127.0.0.1:{args.port}"))
     else:

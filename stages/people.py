@@ -78,6 +78,26 @@ def invite(config_path: str | Path, overrides: Sequence[str], name: str, url: st
     return invitation(Store(config.db), name, public_url(url))
 
 
+def care_for(config_path: str | Path, overrides: Sequence[str], copy: Path | None) -> int:
+    """Check the label database, and copy it to `copy` if it is given. 1 where something is wrong with it."""
+    config = _collecting(config_path, overrides)[2]
+
+    from annotate.care import backup, check
+    from annotate.store import default_url
+
+    url = config.db or default_url()
+    if copy is not None:
+        backup(url, copy)
+        print(f"copied to {copy}")
+        url = f"sqlite:///{copy}"
+    counts, faults = check(url)
+    print(f"{url}: " + ", ".join(f"{count:,} {name}" for name, count in counts.items()))
+    for wrong in faults:
+        print(f"wrong: {wrong}")
+    print("sound" if not faults else "NOT sound: keep this file, and go on from the last copy that is")
+    return 1 if faults else 0
+
+
 def _collecting(config_path: str | Path, overrides: Sequence[str]) -> tuple[Experiment, str, Any]:
     """The experiment, the name of its first stage of kind collect, and that stage's settings."""
     experiment = load(config_path, overrides)

@@ -348,9 +348,9 @@ def work(url: str, first: int, people: int, out: "multiprocessing.Queue[list[tup
     out.put(told)
 
 
-def contend(url: str, tasks: int, processes: int, people: int) -> None:
+def contend(url: str, tasks: int, processes: int, people: int, overlap: int = 3, lease: float = 0.02) -> None:
     store = Store(url)
-    round_id = store.open_round("r", [item(n) for n in range(tasks)], overlap=3, lease=0.02)
+    round_id = store.open_round("r", [item(n) for n in range(tasks)], overlap=overlap, lease=lease)
     context = multiprocessing.get_context("spawn")
     out: multiprocessing.Queue[list[tuple[str, str]]] = context.Queue()
     workers = [context.Process(target=work, args=(url, 100 * p, people, out)) for p in range(processes)]
@@ -364,9 +364,9 @@ def contend(url: str, tasks: int, processes: int, people: int) -> None:
     saved = Counter(token for token, status in told if status == "saved")
     assert set(saved.values()) == {1}  # a double click is saved once
     found = store.labels(round_id)
-    assert len(saved) == len(found) == 3 * tasks
-    assert Counter(Counter(c.task for c in found).values()) == {3: tasks}
-    assert len({(c.task, c.annotator) for c in found}) == 3 * tasks
+    assert len(saved) == len(found) == overlap * tasks
+    assert Counter(Counter(c.task for c in found).values()) == {overlap: tasks}
+    assert len({(c.task, c.annotator) for c in found}) == overlap * tasks
     with store._read() as x:
         rows = set(x.execute(text("select token from judgements where rev is not null")).scalars())
         late = set(x.execute(text("select token from judgements where rev is null")).scalars())
@@ -377,6 +377,15 @@ def contend(url: str, tasks: int, processes: int, people: int) -> None:
 
 def test_two_processes_of_four_people_lose_and_double_nothing(url: str) -> None:
     contend(url, tasks=60, processes=2, people=4)
+
+
+def test_fifty_people_label_two_hundred_tasks_each(url: str) -> None:
+    contend(url, tasks=200, processes=2, people=25, overlap=50, lease=0.2)
+
+
+@pytest.mark.soak
+def test_fifty_people_label_ten_thousand_tasks_each(url: str) -> None:
+    contend(url, tasks=10_000, processes=2, people=25, overlap=50, lease=0.2)
 
 
 @pytest.mark.soak

@@ -1,0 +1,91 @@
+"""Keeping the labels safe: a copy of the database while people work, and a check that it is sound."""
+
+import os
+import sqlite3
+from contextlib import closing
+from pathlib import Path
+
+from sqlalchemy import text
+
+from annotate.engine import open_engine
+from annotate.records import DataError
+
+COUNTS = {
+    "rounds": "SELECT count(*) FROM rounds",
+    "tasks": "SELECT count(*) FROM tasks",
+    "annotators": "SELECT count(*) FROM annotators",
+    "labels that count": "SELECT count(DISTINCT slot_id) FROM judgements WHERE rev IS NOT NULL",
+    "said in all": "SELECT count(*) FROM judgements",
+    "came too late": "SELECT count(*) FROM judgements WHERE rev IS NULL",
+}
+FAULTS = {
+    "slots marked done that no label is in": """
+        SELECT count(*) FROM slots WHERE state = 'done'
+        AND NOT EXISTS (SELECT 1 FROM judgements WHERE slot_id = slots.id AND rev = 0)""",
+    "slots with a label that are not marked done": """
+        SELECT count(*) FROM slots WHERE state <> 'done'
+        AND EXISTS (SELECT 1 FROM judgements WHERE slot_id = slots.id AND rev IS NOT NULL)""",
+    "slots whose revisions have a gap": """
+        SELECT count(*) FROM (SELECT slot_id FROM judgements WHERE rev IS NOT NULL
+        GROUP BY slot_id HAVING max(rev) + 1 <> count(*))""",
+    "tasks that one person labelled twice": """
+        SELECT count(*) FROM (SELECT task_id FROM slots WHERE state = 'done'
+        GROUP BY task_id, annotator_id HAVING count(*) > 1)""",
+    "labels that are not of whoever holds the slot": """
+        SELECT count(*) FROM judgements JOIN slots ON slots.id = slot_id
+        WHERE rev IS NOT NULL AND judgements.annotator_id IS NOT slots.annotator_id""",
+}
+"""What the schema and `annotate.queue` rule out; any of them means that something else wrote to the file."""
+
+
+def check(url: str) -> tuple[dict[str, int], list[str]]:
+    """(counts of what there is, everything that is wrong). Reads only; people may be working."""
+    counts, faults = {}, []
+    engine = open_engine(_existing(url))
+    with engine.connect().execution_options(read=True) as x:
+        for row in x.execute(text("PRAGMA integrity_check")):
+            if row[0] != "ok":
+                faults.append(f"the file is damaged: {row[0]}")
+        broken = len(x.execute(text("PRAGMA foreign_key_check")).all())
+        if broken:
+            faults.append(f"{broken} rows refer to rows that are not there")
+        for name, query in COUNTS.items():
+            counts[name] = int(x.execute(text(query)).scalar_one())
+        for name, query in FAULTS.items():
+            if found := x.execute(text(query)).scalar_one():
+                faults.append(f"{found} {name}")
+    engine.dispose()
+    return counts, faults
+
+
+def backup(url: str, path: Path) -> None:
+    """A copy of the database as it is at this moment, complete or not there at all; people may be working.
+
+    Raises DataError where `path` exists, since a copy must not overwrite another, or cannot be written.
+    """
+    source = _file(_existing(url))
+    if path.exists():
+        raise DataError(f"{path}: exists already; name another file")
+    draft = path.with_name(path.name + ".draft")
+    try:
+        with closing(sqlite3.connect(source)) as one, closing(sqlite3.connect(draft)) as other:
+            one.backup(other)
+        with open(draft, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(draft, path)
+    except (OSError, sqlite3.Error) as error:
+        draft.unlink(missing_ok=True)
+        raise DataError(f"{path}: not written ({error})") from None
+
+
+def _existing(url: str) -> str:
+    """The URL, if its file is there: opening one that is not would make it."""
+    if not _file(url).exists():
+        raise DataError(f"{url}: no label database there yet")
+    return url
+
+
+def _file(url: str) -> Path:
+    engine = open_engine(url)
+    engine.dispose()
+    return Path(str(engine.url.database))
