@@ -1,4 +1,4 @@
-"""Trainers report to the services that transformers knows: what PPO logs arrives in TensorBoard and trackio."""
+"""Trainers report to the services transformers knows: what PPO logs arrives in TensorBoard and trackio."""
 
 import pytest
 

@@ -140,15 +140,17 @@ function mark() {
   let said = null;
   if (at !== null && it && !it.both_bad) said = name ? (before.attributes || {})[name] : before.rating || it.preference;
   const groups = draft && draft.places.length ? draft.places : groupsOf(before.ranking);
+  const placeOf = (i) => groups.findIndex((tied) => tied.includes(i));
   element.querySelectorAll('.scale button').forEach((button, i) => {
     const on = isRank() ? groups.flat().includes(i) : said !== null && said !== undefined && said === Number(button.dataset.value);
     button.setAttribute('aria-pressed', String(on));
+    if (isRank()) button.querySelector('span').textContent = on ? `place ${placeOf(i) + 1}` : 'next';
   });
   element.querySelectorAll('.replies .place').forEach((badge, i) => {
-    const place = groups.findIndex((tied) => tied.includes(i));
-    badge.textContent = place < 0 ? '' : `${place + 1}.`;
+    badge.textContent = placeOf(i) < 0 ? '' : `${placeOf(i) + 1}.`;
   });
   bothBad.setAttribute('aria-pressed', String(at !== null && Boolean(it.both_bad)));
+  bothBad.disabled = Boolean(name);
   $('.tied').setAttribute('aria-pressed', String(Boolean(draft && draft.tie)));
   const noted = draft && (draft.rationale.trim() || draft.edit || Object.keys(draft.flags).length);
   $('.more-open').setAttribute('aria-pressed', String(Boolean(noted)));
