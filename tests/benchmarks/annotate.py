@@ -113,8 +113,9 @@ def serve_side(side: str, url: str) -> None:
     from fastapi import Body, FastAPI, Header
 
     from annotate.calls import Calls
+    from annotate.form import Form
 
-    calls, app = Calls(store, 1, "benchmark", "none"), FastAPI()
+    calls, app = Calls(store, 1, "benchmark", "none", Form()), FastAPI()
     if side == "plain":
 
         @app.post("/step")

@@ -13,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode, mm_flop, sdpa_backward_flo
 from reward.tokens import token_budget
 from tests.benchmarks.ppo_ours import trainer_of
 from tests.benchmarks.ppo_worker import Size
+from tests.benchmarks.training import panel
 
 GROWTH = {
     "batch": (16, 32, 64, 128),
@@ -94,12 +95,10 @@ def growth(path: Path, cases: dict[str, dict[str, Any]]) -> list[str]:
     figure, axes = pyplot.subplots(1, len(GROWTH), figsize=(13, 3.4), constrained_layout=True)
     for axis, (name, sizes) in zip(axes, GROWTH.items(), strict=True):
         grown = [update_time(Size(**{"eos": 0.0, name: size})) for size in sizes]
-        axis.plot(sizes, [seconds for seconds, _, _ in grown], "o-")
-        axis.set(xscale="log", yscale="log", xlabel=name, ylabel="CPU seconds" * (axis is axes[0]))
-        axis.set_xticks(sizes, [f"{size:,}" for size in sizes], rotation=45)
-        axis.minorticks_off()
+        panel(axis, name, sizes, [seconds for seconds, _, _ in grown])
         told = (f"{of[2]:.0%} at {size:,}" for size, of in zip(sizes, grown, strict=True))
         said.append(f"By {name}: {', '.join(told)}.")
+    axes[0].set_ylabel("CPU seconds an update")
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
     return said

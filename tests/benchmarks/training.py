@@ -448,16 +448,26 @@ def growth(path: Path) -> list[str]:
     ]
     for axis, (name, sizes) in zip(axes, GROWTH.items(), strict=True):
         found = [step_time(**{name: size}) for size in sizes]
-        axis.plot(sizes, [seconds for seconds, _ in found], "o-")
-        axis.set(xscale="log", yscale="log", xlabel=name, ylabel="seconds a step" if name == "length" else "")
-        axis.set_xticks(sizes, [f"{size:,}" for size in sizes], rotation=45)
-        axis.minorticks_off()
+        panel(axis, name, sizes, [seconds for seconds, _ in found])
         shares = ", ".join(
             f"{flops / s / rate:.0%} at {size:,}" for size, (s, flops) in zip(sizes, found, strict=True)
         )
         said.append(f"By {name}: {shares}.")
+    axes[0].set_ylabel("seconds a step")
     figure.savefig(path, dpi=120)
     return said
+
+
+def panel(axis: Any, name: str, sizes: Sequence[int], seconds: Sequence[float]) -> None:
+    """Seconds over sizes, both on logarithmic axes; the numbers stand at the points."""
+    axis.plot(sizes, seconds, "o-")
+    axis.set(xscale="log", yscale="log", xlabel=name)
+    axis.set_xticks(sizes, [f"{size:,}" for size in sizes])
+    axis.minorticks_off()
+    axis.set_yticks([])
+    axis.margins(0.18)
+    for size, took in zip(sizes, seconds, strict=True):
+        axis.annotate(f"{took:.2g}", (size, took), (-5, 5), textcoords="offset points", ha="right")
 
 
 def page(lines: Sequence[Sequence[str]], share: Sequence[str], arguments: str, data: str) -> str:
