@@ -61,12 +61,10 @@ def _told_apart(who: tuple[str, str], pairs: list[tuple[str, str, str]]) -> Give
     prompts, first, second = zip(*pairs, strict=True)
     counter = CountVectorizer(token_pattern=r"\S+", min_df=2).fit([*first, *second])
     turned = np.array([draw("blinding", prompt) < 0.5 for prompt in prompts])
-    features = (counter.transform(first) - counter.transform(second)).multiply(
-        np.where(turned, -1, 1)[:, None]
-    )
+    difference = counter.transform(first) - counter.transform(second)
+    features = difference.multiply(np.where(turned, -1, 1)[:, None]).tocsr()
     judge = LogisticRegression(max_iter=1000, fit_intercept=False)
-    folds = GroupKFold(FOLDS)
-    guessed = cross_val_predict(judge, features.tocsr(), turned, groups=prompts, cv=folds)
-    strength = np.abs(judge.fit(features.tocsr(), turned).coef_[0])
+    guessed = cross_val_predict(judge, features, turned, groups=prompts, cv=GroupKFold(FOLDS))
+    strength = np.abs(judge.fit(features, turned).coef_[0])
     words = counter.get_feature_names_out()[np.argsort(-strength)[:5]]
     return Giveaway(who, proportion(guessed == turned, prompts), [str(word) for word in words])

@@ -2,9 +2,9 @@
 
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field, ValidationError
 
-from annotate.form import Form
+from annotate.form import Closed, Form
 from annotate.gate import Who
 from annotate.markdown import render
 from annotate.queue import KEY, Label, Shown
@@ -13,10 +13,6 @@ from annotate.store import Store
 
 FUNCTIONS = ("hello", "step", "markdown")
 Answer = dict[str, Any]
-
-
-class Closed(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
 
 class Step(Closed):

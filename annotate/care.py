@@ -5,7 +5,8 @@ import sqlite3
 from contextlib import closing
 from pathlib import Path
 
-from sqlalchemy import text
+from sqlalchemy import Connection, text
+from sqlalchemy.exc import DatabaseError
 
 from annotate.engine import open_engine
 from annotate.records import DataError
@@ -40,22 +41,31 @@ FAULTS = {
 
 def check(url: str) -> tuple[dict[str, int], list[str]]:
     """(counts of what there is, everything that is wrong). Reads only; people may be working."""
-    counts, faults = {}, []
+    counts: dict[str, int] = {}
+    faults: list[str] = []
     engine = open_engine(_existing(url))
-    with engine.connect().execution_options(read=True) as x:
-        for row in x.execute(text("PRAGMA integrity_check")):
-            if row[0] != "ok":
-                faults.append(f"the file is damaged: {row[0]}")
-        broken = len(x.execute(text("PRAGMA foreign_key_check")).all())
-        if broken:
-            faults.append(f"{broken} rows refer to rows that are not there")
-        for name, query in COUNTS.items():
-            counts[name] = int(x.execute(text(query)).scalar_one())
-        for name, query in FAULTS.items():
-            if found := x.execute(text(query)).scalar_one():
-                faults.append(f"{found} {name}")
-    engine.dispose()
+    try:
+        with engine.connect().execution_options(read=True) as x:
+            _look(x, counts, faults)
+    except DatabaseError as error:
+        faults.append(f"the file is damaged, or no label database: {error.orig}")
+    finally:
+        engine.dispose()
     return counts, faults
+
+
+def _look(x: Connection, counts: dict[str, int], faults: list[str]) -> None:
+    for row in x.execute(text("PRAGMA integrity_check")):
+        if row[0] != "ok":
+            faults.append(f"the file is damaged: {row[0]}")
+    broken = len(x.execute(text("PRAGMA foreign_key_check")).all())
+    if broken:
+        faults.append(f"{broken} rows refer to rows that are not there")
+    for name, query in COUNTS.items():
+        counts[name] = int(x.execute(text(query)).scalar_one())
+    for name, query in FAULTS.items():
+        if found := x.execute(text(query)).scalar_one():
+            faults.append(f"{found} {name}")
 
 
 def backup(url: str, path: Path) -> None:

@@ -23,6 +23,8 @@ Long = Annotated[str, StringConstraints(max_length=LONGEST)]
 
 
 class Closed(BaseModel):
+    """What comes from outside: no field that is not known, no value that would have to be converted."""
+
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
 

@@ -11,11 +11,11 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 from sqlalchemy import Connection
 
 from annotate import statements as sql
-from annotate.form import Answers, Form, back, fault
+from annotate.form import Answers, Closed, Form, back, fault
 from annotate.records import DataError, draw
 
 TOKEN = re.compile(r"(\d{1,15})-(\d{1,9})-[0-9a-z]{1,20}", re.ASCII)
@@ -28,10 +28,8 @@ Status = Literal["saved", "duplicate", "late", "refused"]
 refused: the task was never shown to this annotator in this round; nothing is kept."""
 
 
-class Label(BaseModel):
+class Label(Closed):
     """What an annotator said of a task as shown: positive says the one shown FIRST is better, 0 is a tie."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
     token: Annotated[str, Field(pattern=f"^{TOKEN.pattern}$")]
     preference: Annotated[int, Field(ge=-3, le=3)] | None

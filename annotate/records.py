@@ -118,16 +118,14 @@ class Judgement(Row):
         """
         if self.ranking is None:
             return [self] if len(self.completions) == 2 else []
-        made = []
-        for i, j in combinations(range(len(self.completions)), 2):
-            lead = self.ranking[j] - self.ranking[i]
-            pair = {
-                "completions": [self.completions[i], self.completions[j]],
-                "ranking": None,
-                "preference": 2 if lead > 0 else -2 if lead < 0 else 0,
-            }
-            made.append(self.model_copy(update=pair | {"attributes": {}, "flags": {}}))
-        return made
+        of_all: dict[str, Any] = {"ranking": None, "attributes": {}, "flags": {}}
+        return [
+            self.model_copy(
+                update=of_all
+                | {"completions": [self.completions[i], self.completions[j]], "preference": 2 * sign}
+            )
+            for i, j, sign in ranked_pairs(self.ranking)
+        ]
 
     @property
     def task(self) -> str:
@@ -158,6 +156,14 @@ class Evaluation(Row):
 
 
 R = TypeVar("R", bound=BaseModel)
+
+
+def ranked_pairs(ranking: Sequence[int]) -> list[tuple[int, int, int]]:
+    """(i, j, sign) for every two of the ranked: 1 where i is better than j, -1 where j is, 0 for a tie."""
+    return [
+        (i, j, (ranking[i] < ranking[j]) - (ranking[i] > ranking[j]))
+        for i, j in combinations(range(len(ranking)), 2)
+    ]
 
 
 def prompt_id(prompt: Sequence[Message]) -> str:

@@ -99,7 +99,7 @@ class Prefix:
             self._owner._modules.update(kept)
 
 
-def rows(states: Tensor, batch: Batch) -> list[Tensor]:
+def unpadded(states: Tensor, batch: Batch) -> list[Tensor]:
     """(T_i, d) of each row, no padding; `pad_sequence(..., batch_first=True)` makes any group (R, T, d)."""
     return [row[:length] for row, length in zip(states, (batch.segments > 0).sum(1).tolist(), strict=True)]
 

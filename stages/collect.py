@@ -15,12 +15,11 @@ A simulated label is a function of (seed, annotator, task), never of order or ti
 
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
-from itertools import combinations
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from annotate.records import Item, Judgement, Kind, Record, write
+from annotate.records import Item, Judgement, Kind, Record, ranked_pairs, write
 from stages.config import Items, NotInKey, Reads, StageConfig, UserError
 from stages.people import annotate, fitting, load_form, wait_for_people
 from stages.run import Run
@@ -191,11 +190,7 @@ def comparisons(label: "Current") -> list[tuple[str, int]]:
     """(which two, preference) of the completions: one, or of a ranking all, as signs."""
     if label.preference is not None:
         return [("", label.preference)]
-    ranks = label.answers.ranking or []
-    return [
-        (f"/{i}/{j}", (ranks[i] < ranks[j]) - (ranks[i] > ranks[j]))
-        for i, j in combinations(range(len(ranks)), 2)
-    ]
+    return [(f"/{i}/{j}", sign) for i, j, sign in ranked_pairs(label.answers.ranking or [])]
 
 
 def _with_interval(name: str, estimate: "Estimate | None") -> dict[str, float]:

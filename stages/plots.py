@@ -37,7 +37,7 @@ class Sampled(BaseModel):
 
 def training(rollouts: Mapping[int, Sequence[Sampled]], table: Table, path: Path) -> None:
     """Gold and reward-model score of PPO's samples over its steps: a panel each, a line for each seed."""
-    plt = _pyplot()
+    plt = styled_pyplot()
     panels = [(GOLD, "gold", BLUE), (PROXY, "reward", RED)]
     if table.measure == "reward":
         panels = panels[1:]
@@ -68,7 +68,7 @@ def training(rollouts: Mapping[int, Sequence[Sampled]], table: Table, path: Path
     axes[0, 0].set_title(
         "Gold and proxy reward over PPO" if len(panels) > 1 else "Proxy reward over PPO", loc="left"
     )
-    _save(fig, path)
+    save_figure(fig, path)
 
 
 def frontier(rollouts: Mapping[int, Sequence[Sampled]], table: Table, path: Path) -> None:
@@ -76,7 +76,7 @@ def frontier(rollouts: Mapping[int, Sequence[Sampled]], table: Table, path: Path
 
     Points of one method are joined and named; there is one panel then, of the score that counts.
     """
-    plt = _pyplot()
+    plt = styled_pyplot()
     methods: dict[str, list[Line]] = {}
     for line in table.lines:
         if "kl" in line.metrics and line.policy != "base":
@@ -113,7 +113,7 @@ def frontier(rollouts: Mapping[int, Sequence[Sampled]], table: Table, path: Path
     axes[0, 0].set_title("What the distance from SFT buys", loc="left")
     below = 0.02 + 0.22 * math.ceil(len(labels) / columns) / size[1]  # 0.22 inches for a line of the legend
     fig.tight_layout(rect=(0, below, 1, 1))
-    _save(fig, path, tight=False)
+    save_figure(fig, path, tight=False)
 
 
 def _note(ax: Any, text: str, height: float, above: bool) -> None:
@@ -200,7 +200,7 @@ def _ticks(top: float) -> list[float]:
     return [tick for tick in ticks if tick <= top]
 
 
-def _pyplot() -> Any:
+def styled_pyplot() -> Any:
     import matplotlib
 
     matplotlib.use("Agg")
@@ -210,7 +210,7 @@ def _pyplot() -> Any:
     return pyplot
 
 
-def _save(fig: Any, path: Path, tight: bool = True) -> None:
+def save_figure(fig: Any, path: Path, tight: bool = True) -> None:
     from matplotlib import pyplot
 
     if tight:

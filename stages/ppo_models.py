@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from annotate.records import Message
 from reward.batch import Example, micro_batches
 from reward.model import disable_dropout, load_policy, load_tokenizer, without_gradient
-from reward.prefix import Prefix
+from reward.prefix import Prefix, unpadded
 from reward.tokens import batch_of, device_of, forward, logprobs, prompt_ids, token_budget
 from stages.errors import UserError
 from stages.ppo_config import PPOConfig
@@ -106,10 +106,9 @@ class Reference:
             entering = prefix.states(batch)
             with prefix.reference(), prefix.given(entering):
                 found, _ = forward(self.policy, batch, temperature)
-            lengths = (batch.segments > 0).sum(1).tolist()
-            for row, i in enumerate(group):
+            for row, (i, of_row) in enumerate(zip(group, unpadded(entering, batch), strict=True)):
                 logps[i] = found[row, batch.mask[row]].tolist()
-                states[i] = entering[row, : lengths[row]].clone()
+                states[i] = of_row.clone()  # a view would keep the whole batch
         return logps, states
 
     @contextmanager

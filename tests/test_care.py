@@ -104,6 +104,15 @@ def test_a_damaged_file_is_said_to_be(store, tmp_path):
     assert any("damaged" in found for found in check(store.url)[1])
 
 
+@pytest.mark.parametrize("content", ["no database at all, " * 100, ""])
+def test_a_file_that_is_no_label_database_is_one_line(tmp_path, capsys, content):
+    (tmp_path / "other.db").write_text(content)
+    db = f"collect.db=sqlite:///{tmp_path}/other.db"
+    assert cli.main(["annotate", "configs/smoke.yaml", db, "--check"]) == 1
+    said = capsys.readouterr().out
+    assert "wrong: the file is damaged, or no label database" in said and "Traceback" not in said
+
+
 def test_copies_overwrite_nothing_and_say_what_is_wrong(store, tmp_path):
     path = tmp_path / "copy.db"
     backup(store.url, path)

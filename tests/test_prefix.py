@@ -25,7 +25,7 @@ from transformers import (
 
 from annotate.records import DataError
 from reward.batch import Batch, Example, micro_batches
-from reward.prefix import Prefix, rows
+from reward.prefix import Prefix, unpadded
 from reward.tokens import forward
 
 SIZES = {
@@ -188,7 +188,7 @@ def test_windows_and_experts_work_too(name):
 def test_states_may_be_grouped_and_padded_anew(model, shared):
     prefix = Prefix(model, "last:3")
     whole = Batch.of(EXAMPLES, 0, shared=shared)
-    kept = rows(prefix.states(whole), whole)
+    kept = unpadded(prefix.states(whole), whole)
     assert [len(row) for row in kept] == [n for e in EXAMPLES for n in e.row_lengths(shared)]
     first = [sum(len(e.rows(shared)) for e in EXAMPLES[:i]) for i in range(len(EXAMPLES))]
     groups = list(micro_batches(EXAMPLES, 32, shared))

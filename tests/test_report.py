@@ -257,7 +257,7 @@ SWEEP = {
 def test_points_of_a_method_are_one_line_of_the_frontier(tmp_path, monkeypatch):
     found = table(policies=SWEEP)
     drawn = []
-    monkeypatch.setattr(plots, "_save", lambda fig, path, tight=True: drawn.append(fig))
+    monkeypatch.setattr(plots, "save_figure", lambda fig, path, tight=True: drawn.append(fig))
     plots.frontier({}, found, tmp_path / "frontier.png")
     [ax] = drawn[0].axes  # the score that counts, alone
     curves = [one for one in ax.lines if len(one.get_xdata()) == 3]

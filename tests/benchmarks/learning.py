@@ -41,7 +41,7 @@ ROUND = 96
 """Replies in a point of the plot."""
 
 Rows = list[dict[str, Any]]
-"""Replies in the order of sampling: `id` of the prompt, `reply`, `reward`, `cpu` seconds so far, `gold`."""
+"""Replies in the order of sampling: `id` of the prompt, `reply`, `cpu` seconds so far, `gold`."""
 
 
 def run_of(stage: str, seed: int) -> Path:
@@ -62,9 +62,11 @@ def learn(method: str, seed: int, folder: str) -> Rows:
     common |= {"save_strategy": "no", "logging_steps": 10_000, "use_cpu": True}
     stages = load(FRONTIER if method in ("rloo", "grpo") else QUICKSTART).stages
     block = stages["ppo" if method == "separate" else method].trainer  # type: ignore[attr-defined]
-    rows = (by_trl if method in ("rloo", "grpo") else by_ppo)(
-        method, records, policy, tokenizer, reward, common | block, sft
-    )
+    models = (records, policy, tokenizer, reward, common | block)
+    if method in ("rloo", "grpo"):
+        rows = by_trl(method.upper(), *models)
+    else:
+        rows = by_ppo(*models, value_model(sft) if method == "separate" else None)
     return scored(rows, {record.id: record for record in records})
 
 
@@ -74,7 +76,7 @@ def scored(rows: Rows, records: Any) -> Rows:
     return [row | {"gold": float(rubric.score(records[row["id"]].facts, row["reply"]).total)} for row in rows]
 
 
-def by_ppo(method: str, records: Any, policy: Any, tokenizer: Any, reward: Any, args: Any, sft: str) -> Rows:
+def by_ppo(records: Any, policy: Any, tokenizer: Any, reward: Any, args: Any, value: Any) -> Rows:
     from stages.ppo_trainer import PPOConfig, PPOTrainer
 
     found: Rows = []
@@ -82,7 +84,7 @@ def by_ppo(method: str, records: Any, policy: Any, tokenizer: Any, reward: Any, 
     class Recorded(PPOTrainer):
         def keep(self, rows: Any) -> None:
             cpu = time.process_time() - begun
-            found.extend({"id": r.id, "reply": r.completion, "reward": r.reward, "cpu": cpu} for r in rows)
+            found.extend({"id": r.id, "reply": r.completion, "cpu": cpu} for r in rows)
 
     trainer = Recorded(
         policy,
@@ -91,7 +93,7 @@ def by_ppo(method: str, records: Any, policy: Any, tokenizer: Any, reward: Any, 
         [{"prompt": [m.model_dump() for m in r.prompt], "id": r.id} for r in records],
         processing_class=tokenizer,
         reward_processing_classes=tokenizer,
-        value_model=value_model(sft) if method == "separate" else None,
+        value_model=value,
     )
     begun = time.process_time()
     trainer.train()
@@ -108,7 +110,7 @@ def value_model(sft: str) -> Any:
     return model
 
 
-def by_trl(method: str, records: Any, policy: Any, tokenizer: Any, reward: Any, args: Any, sft: str) -> Rows:
+def by_trl(kind: str, records: Any, policy: Any, tokenizer: Any, reward: Any, args: Any) -> Rows:
     import trl
     from datasets import Dataset
 
@@ -121,14 +123,14 @@ def by_trl(method: str, records: Any, policy: Any, tokenizer: Any, reward: Any, 
             scores = super().__call__(ids, completion_ids, log_metric, **columns)
             cpu = time.process_time() - begun
             texts = tokenizer.batch_decode(completion_ids, skip_special_tokens=True)
-            told = zip(columns["id"], texts, scores, strict=True)
-            found.extend({"id": i, "reply": text, "reward": score, "cpu": cpu} for i, text, score in told)
+            told = zip(columns["id"], texts, strict=True)
+            found.extend({"id": i, "reply": text, "cpu": cpu} for i, text in told)
             return scores
 
     fixed = {"bf16": False, "activation_checkpointing": False} | online.SAMPLING
-    arguments = getattr(trl, f"{method.upper()}Config")(**fixed | args)
+    arguments = getattr(trl, f"{kind}Config")(**fixed | args)
     prompts = online.rows(policy, tokenizer, records, arguments.max_completion_length)
-    trainer = online.in_own_order(getattr(trl, f"{method.upper()}Trainer"))(
+    trainer = online.in_own_order(getattr(trl, f"{kind}Trainer"))(
         model=policy,
         reward_funcs=Recorded(reward, tokenizer, online.Settings(policy="", reward="", prompts="")),
         args=arguments,
@@ -198,9 +200,9 @@ def against(rows: dict[int, Rows], other: dict[int, Rows]) -> Estimate:
 
 
 def plot(found: dict[str, dict[int, Rows]], path: Path) -> None:
-    from stages.plots import BLUE, GREEN, ORANGE, RED, _pyplot, _save
+    from stages.plots import BLUE, GREEN, ORANGE, RED, save_figure, styled_pyplot
 
-    fig, axes = _pyplot().subplots(1, 2, figsize=(11, 4.2), sharey=True)
+    fig, axes = styled_pyplot().subplots(1, 2, figsize=(11, 4.2), sharey=True)
     for (method, seeds), colour in zip(found.items(), (BLUE, GREEN, ORANGE, RED), strict=False):
         curves = [curve(rows) for rows in seeds.values()]
         for ax, index in zip(axes, (0, 1), strict=True):
@@ -216,7 +218,7 @@ def plot(found: dict[str, dict[int, Rows]], path: Path) -> None:
     )
     axes[1].set(xlabel="replies sampled")
     axes[1].legend(loc="lower right")
-    _save(fig, path)
+    save_figure(fig, path)
 
 
 def table(found: dict[str, dict[int, Rows]]) -> list[str]:
