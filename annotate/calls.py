@@ -36,6 +36,8 @@ class Calls:
         self.store, self.round_id, self.title = store, round_id, title
         self.form = {"id": store.form(form), **form.model_dump(), "question": form.asked}
         self.guidelines = {"id": store.guidelines(guidelines), "html": render(guidelines)}
+        self.served = f"{round_id}/{self.form['id']}/{self.guidelines['id']}"
+        """What a page was loaded for: one that was loaded for anything else loads itself anew."""
 
     def hello(self, _: object, who: Who) -> Answer:
         """All that the page needs at its start."""
@@ -44,6 +46,7 @@ class Calls:
             "ok": True,
             "database": self.store.id[:8],
             "round": self.round_id,
+            "served": self.served,
             "annotator": who[0],
             "name": who[1],
             "title": self.title,
@@ -69,7 +72,7 @@ class Calls:
         except (ValidationError, DataError) as error:
             return {"error": f"not saved: {_said(error)}"}
         answer = {"ok": True, "statuses": statuses, "tasks": [_task(task) for task in shown]}
-        answer["guidelines"] = self.guidelines["id"]
+        answer["served"] = self.served
         return answer | ({"progress": self._progress(who)} if asked.count else {})
 
     def markdown(self, argument: object, who: Who) -> Answer:

@@ -25,7 +25,7 @@ KEY = Annotated[str, Field(pattern=r"^[0-9]{1,15}-[0-9]{1,9}$")]
 """slot - lease"""
 Status = Literal["saved", "duplicate", "late", "refused"]
 """duplicate: this token was recorded before. late: the task had gone to someone else; kept, not counted.
-refused: the task was never shown to this annotator in this round; nothing is kept."""
+refused: the task was never shown to this annotator; nothing is kept."""
 
 
 class Label(Closed):
@@ -74,17 +74,17 @@ class Past:
     answers: Answers
 
 
-def record(x: Connection, round_id: int, me: int, labels: Sequence[Label]) -> list[Status]:
+def record(x: Connection, me: int, labels: Sequence[Label]) -> list[Status]:
     """Append the labels of annotator `me` and close their slots. One status for each label.
+
+    Whatever round a label is of, it is kept there: a page may have been open since before another was served.
 
     Raises DataError, and records none, where one does not answer its form.
     """
     forms = _forms(x, labels)
     keys = [_split(label.token) for label in labels]
     slots = {s for s, _ in keys}
-    shown = {
-        (r.slot_id, r.lease): r for r in x.execute(sql.SHOWN, {"slots": slots, "round": round_id, "me": me})
-    }
+    shown = {(r.slot_id, r.lease): r for r in x.execute(sql.SHOWN, {"slots": slots, "me": me})}
     revision = {r.slot_id: r.next for r in x.execute(sql.REVISIONS, {"slots": slots})}
     seen = set(x.execute(sql.SEEN, {"tokens": [label.token for label in labels]}).scalars())
 

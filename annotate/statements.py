@@ -66,7 +66,7 @@ SHOWN = (
     select(View.slot_id, View.lease, View.display_order)
     .add_columns(and_(Slot.lease == View.lease, Slot.annotator_id == _me).label("held"))
     .join(Slot, Slot.id == View.slot_id)
-    .where(View.slot_id.in_(_slots), View.annotator_id == _me, Slot.round_id == _round)
+    .where(View.slot_id.in_(_slots), View.annotator_id == _me)
 )
 REVISIONS = (
     select(Judgement.slot_id, (func.max(Judgement.rev) + 1).label("next"))

@@ -164,7 +164,7 @@ class Store:
         the same tasks. A batch costs little more than one label.
         """
         with self._write() as x:
-            statuses = queue.record(x, round_id, annotator, labels) if labels else []
+            statuses = queue.record(x, annotator, labels) if labels else []
             shown = queue.claim(x, round_id, annotator, want) if want else []
         return statuses, shown
 

@@ -29,7 +29,7 @@ from annotate.form import Form
 from annotate.store import Store
 url, options = sys.argv[1], json.loads(sys.argv[2])
 options["form"] = Form.model_validate(options.get("form", {}))
-serve(Store(url), 1, "a round", **options)
+serve(Store(url), options.pop("round", 1), "a round", **options)
 """
 KEYS = {"1": 3, "2": 2, "3": 1, "4": 0, "5": -1, "6": -2, "7": -3}
 """Positive: the reply on the left is better."""

@@ -45,6 +45,25 @@ def work(browser: Browser, tmp_path: Path) -> Iterator[Callable[..., Desk]]:
         close()
 
 
+def test_a_page_open_while_another_round_is_served_loses_nothing(work: Callable[..., Desk]) -> None:
+    desk = work({"kind": "pairwise"}, replies=2)
+    served = desk.served
+    served.kill()
+    judged = dict([desk.judge("1"), desk.judge("7")])  # kept in the browser
+    ranked = [item(n, 3) for n in range(3)]
+    served.options |= {"round": served.store.open_round("other", ranked), "form": RANKS}
+    served.start()
+    desk.page.wait_for_selector('.stage[data-kind="ranking"][data-state="task"]', timeout=20_000)
+    desk.ready()
+    assert {task: label.preference for task, label in served.labels("ann").items()} == judged
+    for key in "123":
+        desk.press(key)
+    desk.page.wait_for_selector(".progress:text('1 of 3')")
+    desk.sent()
+    assert len(served.labels("ann")) == 2
+    assert [bool(label.answers.ranking) for label in served.store.labels(served.options["round"])] == [True]
+
+
 def label(desk: Desk, task: str) -> Current:
     desk.sent()
     return desk.served.labels("ann")[task]

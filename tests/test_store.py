@@ -238,12 +238,15 @@ def test_the_same_person_taking_a_task_back_gets_another_token(store: Store) -> 
     assert store.step(round_id, ann, [stale])[0] == ["late"]
 
 
-def test_tokens_of_others_and_of_other_rounds_are_refused(store: Store) -> None:
+def test_tokens_of_others_are_refused_and_those_of_another_round_kept_there(store: Store) -> None:
     round_id, other = store.open_round("r", ITEMS[:3]), store.open_round("s", ITEMS[:3])
     ann, bob = store.annotator("ann"), store.annotator("bob")
     _, views = store.step(round_id, ann, want=3)
     assert store.step(round_id, bob, [label(views[0])])[0] == ["refused"]
-    assert store.step(other, ann, [label(views[0])])[0] == ["refused"]
+    assert store.step(other, ann, [label(views[0])])[0] == [
+        "saved"
+    ]  # the page was open before `other` was served
+    assert len(store.labels(round_id)) == 1 and not store.labels(other)
     never = Label(token="999-1-0", preference=1)
     assert store.step(round_id, ann, [never, label(views[1])])[0] == ["refused", "saved"]
 

@@ -2,7 +2,7 @@
 
 function keep({ key, messages, completions }, label) {
   unsent.push(label);
-  const entry = { label, task: { key, messages, completions }, at: Date.now() };
+  const entry = { label, round, task: { key, messages, completions }, at: Date.now() };
   const stored = store(entry) || store({ ...entry, task: null }); // the texts of some pairs fill the storage
   if (!stored) trouble = 'this browser keeps nothing: stay on the page until it says saved';
 }
@@ -16,12 +16,13 @@ function store(entry) {
   }
 }
 
-// What an earlier visit could not send takes its place behind what the server knows of.
+// What an earlier visit could not send takes its place behind what the server knows of; of another round it is only sent.
 function recall() {
   const mine = Object.keys(localStorage).filter((key) => key.startsWith(prefix));
   const entries = mine.map((key) => JSON.parse(localStorage.getItem(key))).sort((a, b) => a.at - b.at);
-  entries.forEach(({ label, task: it }) => {
+  entries.forEach(({ label, round: of, task: it }) => {
     unsent.push(label);
+    if (of !== round) return;
     const known = past.find((other) => other.key === pair(label.token));
     const said = { preference: label.preference, both_bad: label.both_bad, answers: label.answers || {} };
     if (known) Object.assign(known, said);
@@ -70,7 +71,8 @@ function settle(labels, reply) {
   });
   if (reply.progress) counted = reply.progress;
   const judged = new Set([...past.map((it) => it.key), ...unsent.map((label) => pair(label.token))]);
-  const open = reply.tasks.filter((it) => !judged.has(it.key));
+  const stale = reply.served !== served; // the server was started again, for something else
+  const open = stale ? [] : reply.tasks.filter((it) => !judged.has(it.key));
   if (!current && open.length) {
     current = open[0];
     if (at === null) show();
@@ -78,7 +80,7 @@ function settle(labels, reply) {
   reserve = open.filter((it) => it.key !== current.key);
   if (stage.dataset.format === 'markdown') ask();
   const idle = !unsent.length && !$('dialog[open]');
-  if (reply.guidelines !== guidelines && idle) location.reload(); // others since the server's restart
+  if (stale && idle) location.reload();
 }
 
 // Gradio's client turns a lost connection into undefined: only an answer of ours counts as one.
@@ -105,7 +107,8 @@ async function call(name, argument) {
 async function start() {
   const reply = await call('hello', {});
   if (!reply) return;
-  prefix = `prefloop:${reply.database}:${reply.round}:${reply.annotator}:`;
+  prefix = `prefloop:${reply.database}:${reply.annotator}:`;
+  ({ round, served } = reply);
   past = reply.history;
   counted = reply.progress;
   recall();

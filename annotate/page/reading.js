@@ -131,10 +131,10 @@ let guidelines = '';
 function introduce({ id, html: text }) {
   guidelines = id;
   $('.guidelines .rich').innerHTML = text; // made safe by the server
-  if (localStorage.getItem(`read-${prefix}`) !== id) openDialog(reading);
+  if (localStorage.getItem(`read-${prefix}${round}`) !== id) openDialog(reading);
 }
 
 function haveRead() {
-  localStorage.setItem(`read-${prefix}`, guidelines);
+  localStorage.setItem(`read-${prefix}${round}`, guidelines);
   shownAt = performance.now();
 }

@@ -15,7 +15,9 @@ const BATCH = 20; // labels in one message, of no more than LARGEST characters u
 const LARGEST = 40000;
 const BOUNCE = 150; // ms: a key so soon after a label is the bounce of the last press, for nobody reads that fast
 
-let prefix = ''; // of this person's labels in localStorage: database, round, annotator
+let prefix = ''; // of this person's labels in localStorage: database, annotator
+let round = 0;
+let served = ''; // the round, form and guidelines that this page was loaded for
 let unsent = []; // labels without acknowledgement, oldest first
 const fresh = new Set(); // pairs among them that the server counts as open still
 let reserve = []; // pairs handed out, not shown yet
