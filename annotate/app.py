@@ -17,9 +17,9 @@ from fastapi import FastAPI
 from annotate.calls import FUNCTIONS, Calls
 from annotate.entry import add_entry
 from annotate.form import Form
-from annotate.gate import Gate, Who
+from annotate.gate import Gate
 from annotate.records import DataError
-from annotate.store import Store
+from annotate.store import Store, Who
 
 QUIET = {
     "GRADIO_ANALYTICS_ENABLED": "False",  # no call home
@@ -61,6 +61,7 @@ def serve(
         here = f"http://127.0.0.1:{listener.getsockname()[1]}/"
         label = f"{url}/, sent on to {here}" if url else here
         print(f"Label at {label}  (Ctrl-C ends; every label is kept)", flush=True)
+        print(f"See how it goes at {url or here.rstrip('/')}/round", flush=True)
         config = uvicorn.Config(
             app,
             log_level="warning",

@@ -5,11 +5,10 @@ from typing import Any
 from pydantic import Field, ValidationError
 
 from annotate.form import Closed, Form
-from annotate.gate import Who
 from annotate.markdown import render
 from annotate.queue import KEY, Label, Shown
 from annotate.records import DataError
-from annotate.store import Store
+from annotate.store import Store, Who
 
 FUNCTIONS = ("hello", "step", "markdown")
 Answer = dict[str, Any]
@@ -49,6 +48,7 @@ class Calls:
             "served": self.served,
             "annotator": who[0],
             "name": who[1],
+            "researcher": who.role == "researcher",
             "title": self.title,
             "guidelines": self.guidelines,
             "form": self.form,

@@ -16,7 +16,7 @@ from fastapi import FastAPI, Form, Request
 from fastapi.responses import HTMLResponse, JSONResponse, RedirectResponse, Response
 
 from annotate.gate import HOSTS, cookie_name
-from annotate.records import DataError
+from annotate.records import DataError, Role
 from annotate.store import Store
 
 YEAR = 365 * 24 * 3600
@@ -69,9 +69,9 @@ def public_url(text: str) -> str:
     return f"{parts.scheme}://{parts.netloc.lower()}"
 
 
-def invitation(store: Store, name: str, url: str) -> str:
+def invitation(store: Store, name: str, url: str, role: Role = "annotator") -> str:
     """A new link for this annotator. The link given before, and every session begun with it, end."""
-    return f"{url}/enter#{store.invite(name)}"
+    return f"{url}/enter#{store.invite(name, role)}"
 
 
 def add_entry(app: FastAPI, store: Store, default: str | None, url: str | None) -> None:
@@ -121,8 +121,9 @@ def _invited(store: Store, throttle: Throttle, invitation: str) -> int:
 
 def _beginner(store: Store, secure: bool) -> Callable[[int], Response]:
     def begin(annotator: int) -> Response:
-        response = RedirectResponse("/label/", 303)
         secret = store.start_session(annotator)
+        who = store.session(secret)
+        response = RedirectResponse("/round" if who and who.role == "researcher" else "/label/", 303)
         response.set_cookie(
             cookie_name(store), secret, max_age=YEAR, httponly=True, samesite="strict", secure=secure
         )

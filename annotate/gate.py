@@ -14,12 +14,13 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import PlainTextResponse, RedirectResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from annotate.store import Store
+from annotate.store import Store, Who
 
 HOSTS = ("127.0.0.1", "localhost")
 """Under another name no page of another site can reach us (DNS rebinding)."""
 OWN = {("GET", "/"), ("GET", "/enter"), ("POST", "/enter"), ("GET", "/whoami"), ("GET", "/favicon.ico")}
 ASSETS = re.compile(r"/label/((assets|static)(/[\w-][\w.-]*)+|theme\.css)", re.ASCII)
+RESEARCH = re.compile(r"/round(/round\.css|/round\.js|/disagreements|/annotator/[0-9]{1,15})?", re.ASCII)
 PAGE = {"/label/", "/label/config", "/label/gradio_api/startup-events", "/label/gradio_api/theme.css"}
 CALL = "/label/gradio_api/component_server"
 LARGEST = 256 * 1024
@@ -41,10 +42,12 @@ HEADERS = {
     "referrer-policy": "same-origin",  # with no-referrer, browsers say "Origin: null" of our own form
     "x-content-type-options": "nosniff",
 }
-
-
-Who = tuple[int, str]
-"""Id and name of an annotator."""
+STRICT = {
+    "content-security-policy": "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; "
+    "base-uri 'none'; form-action 'self'; frame-ancestors 'none'",
+    "cache-control": "no-store",
+}
+"""For the pages of researchers, which are ours alone."""
 
 
 class Gate:
@@ -74,13 +77,14 @@ class Gate:
         scope["annotator"] = self._who(headers)
         origin = self._origin(headers.get("host", ""))
         scope["scheme"] = (origin or "http").partition(":")[0]
-        answer: ASGIApp = _foreign(headers, origin) or _refusal(scope, headers) or self.app
+        answer: ASGIApp = _foreign(headers, origin) or _refusal(scope, headers, self.url is None) or self.app
         if answer is self.app and scope["path"] in (CALL, CALL + "/"):
             body = await _read(receive)
             receive = _replay(body)
             if not self._is_call(body):
                 answer = PlainTextResponse("not a call of this page", 400)
-        await answer(scope, receive, _sealed(send))
+        research = RESEARCH.fullmatch(scope["path"]) is not None
+        await answer(scope, receive, _sealed(send, HEADERS | (STRICT if research else {})))
 
     def _who(self, headers: Headers) -> Who | None:
         try:
@@ -93,6 +97,8 @@ class Gate:
         if time.monotonic() >= until:
             found = self.store.session(morsel.value)
             self._known.pop(morsel.value, None)
+            if found and self.url is None:  # whoever is at this machine
+                found = found._replace(role="researcher")
             if found:
                 self._known[morsel.value] = found, time.monotonic() + REMEMBERED
         return found
@@ -135,8 +141,9 @@ def _foreign(headers: Headers, origin: str | None) -> Response | None:
     return None
 
 
-def _refusal(scope: Scope, headers: Headers) -> Response | None:
-    method, path = scope["method"], scope["path"]
+def _refusal(scope: Scope, headers: Headers, alone: bool) -> Response | None:
+    """`alone`: only this machine can reach us, and whoever is at it is the researcher."""
+    method, path, who = scope["method"], scope["path"], scope["annotator"]
     length = headers.get("content-length", "" if method == "POST" else "0")
     if not re.fullmatch(r"[0-9]{1,12}", length):
         return PlainTextResponse("length required", 411)
@@ -144,6 +151,8 @@ def _refusal(scope: Scope, headers: Headers) -> Response | None:
         return PlainTextResponse("too large", 413)
     if (method, path) in OWN:
         return None
+    if method == "GET" and RESEARCH.fullmatch(path):
+        return _research(who, alone)
     asset = method == "GET" and ASSETS.fullmatch(path) is not None
     page = asset or (method == "GET" and path in PAGE)
     call = method == "POST" and path in (CALL, CALL + "/")
@@ -151,13 +160,21 @@ def _refusal(scope: Scope, headers: Headers) -> Response | None:
         return PlainTextResponse("no such page", 404)
     if call and not headers.get("content-type", "").startswith("application/json"):
         return PlainTextResponse("JSON only", 415)
-    if scope["annotator"] is None and not asset:
+    if who is None and not asset:
         return (
             RedirectResponse("/enter", 303)
             if path == "/label/"
             else PlainTextResponse("say who you are", 401)
         )
     return None
+
+
+def _research(who: Who | None, alone: bool) -> Response | None:
+    if alone or (who is not None and who.role == "researcher"):
+        return None
+    if who is None:
+        return RedirectResponse("/enter", 303)
+    return PlainTextResponse("this page is for researchers: ask for an invitation as one", 403)
 
 
 async def _read(receive: Receive) -> bytes:
@@ -176,11 +193,11 @@ def _replay(body: bytes) -> Receive:
     return receive
 
 
-def _sealed(send: Send) -> Send:
+def _sealed(send: Send, sealing: dict[str, str]) -> Send:
     async def sealed(message: Message) -> None:
         if message["type"] == "http.response.start":
             headers = MutableHeaders(scope=message)
-            for name, value in HEADERS.items():
+            for name, value in sealing.items():
                 headers[name] = value
         await send(message)
 

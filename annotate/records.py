@@ -25,6 +25,7 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints, Validation
 Split = Literal["train", "validation", "test"]
 Use = Literal["sft", "preference", "policy"]
 Kind = Literal["person", "model", "simulated"]
+Role = Literal["annotator", "researcher"]
 Text = Annotated[str, StringConstraints(min_length=0)]
 """Any text that can be written as UTF-8: a limit, even this one, makes pydantic refuse lone surrogates."""
 

@@ -25,7 +25,7 @@ from sqlalchemy import (
 )
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
-VERSION = 3
+VERSION = 4
 """Of this schema; stored in the database. One of another version is brought here by UPGRADES, or refused."""
 UPGRADES = {
     1: (
@@ -38,6 +38,11 @@ UPGRADES = {
         "ALTER TABLE judgements ADD COLUMN answers JSON",
         "ALTER TABLE judgements ADD COLUMN form VARCHAR REFERENCES forms (sha)",
         "UPDATE database SET version = 3",
+    ),
+    3: (
+        "ALTER TABLE annotators ADD COLUMN role VARCHAR DEFAULT 'annotator' NOT NULL "
+        "CHECK (role in ('annotator', 'researcher'))",
+        "UPDATE database SET version = 4",
     ),
 }
 """Version -> statements that lead to the next one. They add; labels stay as they are."""
@@ -107,8 +112,11 @@ class Annotator(Base):
     name: Mapped[str]
     """A pseudonym."""
     kind: Mapped[str]
+    role: Mapped[str] = mapped_column(server_default="annotator")
+    """A researcher may see how the round goes; both may label."""
     __table_args__ = (
         UniqueConstraint("name", "kind"),
+        CheckConstraint("role in ('annotator', 'researcher')"),
         CheckConstraint("kind in ('person', 'model', 'simulated')"),
     )
 

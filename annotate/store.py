@@ -15,24 +15,16 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
-from sqlalchemy import (
-    Connection,
-    bindparam,
-    delete,
-    func,
-    insert,
-    or_,
-    select,
-    update,
-)
+from sqlalchemy import Connection, bindparam, delete, func, insert, or_, orm, select, update
 from sqlalchemy.exc import DatabaseError, IntegrityError
 
 from annotate import queue, rounds
 from annotate.engine import open_engine
 from annotate.form import Answers, Form
 from annotate.queue import Label, Past, Shown, Status
-from annotate.records import DataError, Item, Kind
+from annotate.records import DataError, Item, Kind, Role
 from annotate.schema import (
     UPGRADES,
     VERSION,
@@ -52,6 +44,14 @@ from annotate.schema import (
 
 LEASE = 1800.0
 """Seconds that a task shown to someone waits for them before someone else may take it over."""
+
+
+class Who(NamedTuple):
+    """The annotator of a session."""
+
+    id: int
+    name: str
+    role: str
 
 
 @dataclass(frozen=True)
@@ -230,12 +230,13 @@ class Store:
             ]
         return sorted(found, key=lambda label: (label.task, label.annotator))
 
-    def invite(self, name: str) -> str:
-        """A secret by which this person enters. Ends the invitation and the sessions they had before."""
+    def invite(self, name: str, role: Role = "annotator") -> str:
+        """A secret by which this person enters. Ends the invitation, sessions and role they had before."""
         me, secret = self.annotator(name), secrets.token_urlsafe(32)
         with self._write() as x:
             x.execute(delete(Session).where(Session.annotator_id == me))
             x.execute(delete(Invitation).where(Invitation.annotator_id == me))
+            x.execute(update(Annotator).where(Annotator.id == me).values(role=role))
             x.execute(insert(Invitation), {"annotator_id": me, "sha": _sha(secret), "at": time.time()})
         return secret
 
@@ -251,11 +252,17 @@ class Store:
             x.execute(insert(Session), {"sha": _sha(secret), "annotator_id": annotator, "at": time.time()})
         return secret
 
-    def session(self, secret: str) -> tuple[int, str] | None:
-        """(id, name) of the annotator this secret was given to."""
+    def session(self, secret: str) -> Who | None:
+        """The annotator this secret was given to."""
         with self._read() as x:
             row = x.execute(_SESSION, {"sha": _sha(secret)}).first()
-        return (row.id, row.name) if row else None
+        return Who(*row) if row else None
+
+    @contextmanager
+    def reading(self) -> Iterator[orm.Session]:
+        """The database as it is at this moment, for pages that only read."""
+        with self._read() as x, orm.Session(x) as session:
+            yield session
 
     @contextmanager
     def _write(self) -> Iterator[Connection]:
@@ -282,7 +289,7 @@ def default_url() -> str:
 
 
 _SESSION = (
-    select(Annotator.id, Annotator.name)
+    select(Annotator.id, Annotator.name, Annotator.role)
     .join(Session, Session.annotator_id == Annotator.id)
     .where(Session.sha == bindparam("sha"))
 )

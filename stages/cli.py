@@ -32,6 +32,7 @@ commands
   annotate CONFIG  open the labelling page (--port 7860; --as NAME, else the page asks who you are)
                      --url https://label.example.org   others enter, by invitation, through a proxy there
                      --invite NAME   print the link by which NAME enters, and no more
+                     --researcher    with --invite: NAME may also see how the round goes
                      --backup FILE   copy the labels there, and check the copy; people may be working
                      --check         look whether the label database is sound
   chat RUN         talk to a policy
@@ -190,6 +191,7 @@ def _annotate(argv: list[str], command: str) -> int:
     who.add_argument("--as", dest="name", metavar="NAME")
     who.add_argument("--url", metavar="URL")
     parser.add_argument("--invite", metavar="NAME")
+    parser.add_argument("--researcher", action="store_true")
     parser.add_argument("--backup", metavar="FILE", type=Path)
     parser.add_argument("--check", action="store_true")
     args = parser.parse_intermixed_args(argv)
@@ -197,8 +199,11 @@ def _annotate(argv: list[str], command: str) -> int:
 
     if args.backup or args.check:
         return care_for(args.config, args.overrides, args.backup)
+    if args.researcher and args.invite is None:
+        parser.error("--researcher goes with --invite NAME")
     if args.invite is not None:
-        print(invite(args.config, args.overrides, args.invite, args.url or f"http://127.0.0.1:{args.port}"))
+        url = args.url or f"http://127.0.0.1:{args.port}"
+        print(invite(args.config, args.overrides, args.invite, url, args.researcher))
     else:
         annotate(args.config, args.overrides, args.port, args.name, args.url)
     return 0

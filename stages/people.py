@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import ValidationError
 
 from annotate.form import Form
-from annotate.records import Item, read
+from annotate.records import Item, Role, read
 from stages import yamlfile
 from stages.config import Experiment, UserError, load
 from stages.errors import SettingsError
@@ -68,14 +68,17 @@ def _guidelines(config_path: Path) -> str | None:
         raise UserError(f"{path}: not UTF-8 ({error.reason} at byte {error.start})") from None
 
 
-def invite(config_path: str | Path, overrides: Sequence[str], name: str, url: str) -> str:
+def invite(
+    config_path: str | Path, overrides: Sequence[str], name: str, url: str, researcher: bool = False
+) -> str:
     """A new link by which `name` enters the page at `url`. The link before, and its sessions, end."""
     config = _collecting(config_path, overrides)[2]
 
     from annotate.entry import invitation, public_url
     from annotate.store import Store
 
-    return invitation(Store(config.db), name, public_url(url))
+    role: Role = "researcher" if researcher else "annotator"
+    return invitation(Store(config.db), name, public_url(url), role)
 
 
 def care_for(config_path: str | Path, overrides: Sequence[str], copy: Path | None) -> int:

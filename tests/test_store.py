@@ -138,6 +138,8 @@ insert into database values ('old', 1);
 create table judgements (id integer not null primary key, slot_id integer not null, lease integer not null,
   annotator_id integer not null, rev integer, token VARCHAR not null unique, preference integer,
   reason VARCHAR, client_ms integer, at DOUBLE not null);
+create table annotators (id INTEGER not null primary key, name VARCHAR not null, kind VARCHAR not null);
+insert into annotators values (1, 'ann', 'person');
 create trigger judgements_no_update before update on judgements begin select raise(abort, 'append-only'); end;
 insert into judgements values (1, 1, 1, 1, 0, '1-1-0', 0, null, 900, 0.0);
 """
@@ -150,10 +152,11 @@ def test_a_database_of_the_first_version_is_brought_here_with_its_labels(url: st
         store = Store(url)
         assert store.id == "old"
     assert counts(store, "select count(*) from judgements where not both_bad and guidelines is null") == 1
+    assert counts(store, "select count(*) from annotators where name = 'ann' and role = 'annotator'") == 1
     new = Store(f"sqlite:///{tmp_path}/new.db")
     table_info = "(select * from pragma_table_info('{}') order by name)"
     columns = f"select group_concat(name || type || [notnull]) from {table_info}"
-    for table in ("judgements", "guidelines", "invitations"):
+    for table in ("judgements", "guidelines", "invitations", "annotators"):
         with store._read() as x, new._read() as y:
             query = text(columns.format(table))
             assert x.execute(query).scalar_one() == y.execute(query).scalar_one()
@@ -399,7 +402,7 @@ def test_three_processes_of_sixteen_people_lose_and_double_nothing(url: str) -> 
 def test_sessions_survive_and_secrets_are_not_stored(store: Store) -> None:
     me = store.annotator("ann")
     secret = store.start_session(me)
-    assert Store(store.url).session(secret) == (me, "ann")
+    assert Store(store.url).session(secret) == (me, "ann", "annotator")
     assert store.session(secret[:-1]) is None
     assert secret.encode() not in Path(store.url.removeprefix("sqlite:///")).read_bytes()
 

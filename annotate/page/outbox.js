@@ -114,6 +114,7 @@ async function start() {
   recall();
   $('.title').textContent = reply.title;
   $('.name').textContent = reply.name;
+  $('.for-researcher').hidden = !reply.researcher;
   useForm(reply.form);
   introduce(reply.guidelines);
   send();
