@@ -5,7 +5,6 @@ its texts: they say how far the number could move with other tasks and the same 
 """
 
 from collections.abc import Iterable, Sequence
-from itertools import combinations
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,14 +18,18 @@ POINTS = 7
 """Of the scale -3..3."""
 
 
+Counts = NDArray[np.int64]
+"""[tasks, 7]: how often each of -3..3 was given on each task."""
+
+
+def counted(tasks: Ratings) -> Counts:
+    rows = [np.bincount(np.asarray(ratings) + POINTS // 2, minlength=POINTS) for ratings in tasks]
+    return np.array(rows, dtype=np.int64).reshape(-1, POINTS)
+
+
 def raw_agreement(tasks: Ratings) -> Estimate | None:
     """Share of pairs of labels on one task with the same verdict (first, second, tie). None without pairs."""
-    same, names = [], []
-    for name, ratings in enumerate(tasks):
-        for one, other in combinations(ratings, 2):
-            same.append(float(np.sign(one) == np.sign(other)))
-            names.append(name)
-    return proportion(same, names) if same else None
+    return agreement_of(counted(tasks))
 
 
 def krippendorff_alpha(tasks: Ratings, resamples: int = 1000, level: float = 0.95) -> Estimate | None:
@@ -37,23 +40,42 @@ def krippendorff_alpha(tasks: Ratings, resamples: int = 1000, level: float = 0.9
     The ordinal distance of two values is the number of ratings between them, squared. None where no task has
     two ratings, or where all ratings are equal.
     """
-    o = np.array([_coincidences(ratings) for ratings in tasks if len(ratings) > 1])
-    if len(o) == 0:
+    return alpha_of(counted(tasks), resamples, level)
+
+
+def agreement_of(counts: Counts) -> Estimate | None:
+    """`raw_agreement` of tasks that are counted already."""
+    verdicts = np.stack([counts[:, :3].sum(1), counts[:, 3], counts[:, 4:].sum(1)])
+    total = counts.sum(axis=1)
+    same = (verdicts * (verdicts - 1) // 2).sum(axis=0)
+    other = total * (total - 1) // 2 - same
+    names = np.arange(len(counts))
+    values = np.repeat([1.0, 0.0], [same.sum(), other.sum()])
+    clusters = np.concatenate([np.repeat(names, same), np.repeat(names, other)])
+    return proportion(values, clusters) if len(values) else None
+
+
+def alpha_of(counts: Counts, resamples: int = 1000, level: float = 0.95) -> Estimate | None:
+    """`krippendorff_alpha` of tasks that are counted already."""
+    counts = counts[counts.sum(axis=1) > 1]
+    if len(counts) == 0:
         return None
-    value = _alpha(o.sum(axis=0))
+    # Tasks with the same counts are alike, and of those there are few: a draw says how often it took each.
+    alike, times = np.unique(counts, axis=0, return_counts=True)
+    flat = np.array([_coincidences(row) for row in alike]).reshape(len(alike), -1)
+    o = times @ flat
+    value = _alpha(o.reshape(POINTS, POINTS))
     if np.isnan(value):
         return None
     dice = np.random.default_rng(0)  # the same labels give the same interval
-    flat = o.reshape(len(o), -1)
-    draws = []
-    for _ in range(resamples):
-        weight = np.bincount(dice.integers(len(o), size=len(o)), minlength=len(o))
-        draws.append(_alpha((weight @ flat).reshape(POINTS, POINTS)))
-    spread = np.array(draws)[~np.isnan(draws)]
-    if len(o) == 1 or len(spread) < 2:
-        return Estimate(value, np.nan, np.nan, np.nan, round(float(o.sum())), len(o))
+    weights = dice.multinomial(len(counts), times / len(counts), size=resamples)
+    draws = np.array([_alpha((weight @ flat).reshape(POINTS, POINTS)) for weight in weights])
+    spread = draws[~np.isnan(draws)]
+    if len(counts) == 1 or len(spread) < 2:
+        return Estimate(value, np.nan, np.nan, np.nan, round(float(o.sum())), len(counts))
     low, high = np.quantile(spread, [0.5 - level / 2, 0.5 + level / 2])
-    return Estimate(value, float(low), float(high), float(spread.std(ddof=1)), round(float(o.sum())), len(o))
+    se = float(spread.std(ddof=1))
+    return Estimate(value, float(low), float(high), se, round(float(o.sum())), len(counts))
 
 
 def first_shown_wins(labels: Iterable[tuple[str, int, Sequence[int]]]) -> Estimate | None:
@@ -69,10 +91,9 @@ def first_shown_wins(labels: Iterable[tuple[str, int, Sequence[int]]]) -> Estima
     return proportion(wins, names) if wins else None
 
 
-def _coincidences(ratings: Sequence[int]) -> NDArray[np.float64]:
-    """[7, 7]: how often value c met value k within one task, each rating counting once in all."""
-    count = np.bincount(np.asarray(ratings) + POINTS // 2, minlength=POINTS).astype(np.float64)
-    return (np.outer(count, count) - np.diag(count)) / (len(ratings) - 1)
+def _coincidences(count: Counts) -> NDArray[np.float64]:
+    """[7, 7] from [7]: how often value c met value k within one task, each rating counting once in all."""
+    return np.asarray((np.outer(count, count) - np.diag(count)) / (count.sum() - 1), dtype=np.float64)
 
 
 def _alpha(o: NDArray[np.float64]) -> float:

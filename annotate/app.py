@@ -19,6 +19,7 @@ from annotate.entry import add_entry
 from annotate.form import Form
 from annotate.gate import Gate
 from annotate.records import DataError
+from annotate.researcher import add_researcher
 from annotate.store import Store, Who
 
 QUIET = {
@@ -86,6 +87,7 @@ def application(
         store.annotator(name)  # refuses a bad name now rather than in the browser
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
     add_entry(app, store, name, url)
+    add_researcher(app, store, round_id, title)
     form = form or Form()
     text = page_file(f"guidelines-{form.kind}.md") if guidelines is None else guidelines
     calls = Calls(store, round_id, title, text, form)

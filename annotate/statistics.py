@@ -20,7 +20,7 @@ from scipy import stats
 from statsmodels.stats.proportion import proportion_confint
 
 Floats = Sequence[float] | NDArray[np.float64]
-Clusters = Sequence[Hashable] | None
+Clusters = Sequence[Hashable] | NDArray[np.int64] | None
 """One name for each row; None: every row is a cluster of its own."""
 
 
@@ -132,6 +132,9 @@ def _aligned(values: Floats, clusters: Clusters) -> tuple[NDArray[np.float64], N
         return x, np.arange(len(x)), len(x)
     if len(clusters) != len(x):
         raise ValueError(f"{len(x)} values, {len(clusters)} cluster names")
+    if isinstance(clusters, np.ndarray):
+        found, names = np.unique(clusters, return_inverse=True)
+        return x, names, len(found)
     number: dict[Hashable, int] = {}
     names = np.array([number.setdefault(name, len(number)) for name in clusters], dtype=np.int64)
     return x, names, len(number)

@@ -5,13 +5,18 @@ python -m tests.benchmarks.screenshots
 
 import io
 import tempfile
+import time
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
 from playwright.sync_api import Browser
 
-from annotate.records import Item, Message, prompt_id
+from annotate.queue import Shown
+from annotate.records import Item, Message, draw, prompt_id
 from stages import yamlfile
+from tests.crowd import judge
 from tests.desk import Desk, Served, chromium
 
 FOLDER = Path("results/annotate")
@@ -29,9 +34,9 @@ REPLIES = (
 )
 
 
-def items() -> list[Item]:
+def items(count: int = 12) -> list[Item]:
     found = []
-    for number in range(12):
+    for number in range(count):
         roles = ("user", "assistant", "user")
         prompt = [Message(role=role, content=text) for role, text in zip(roles, ASKED, strict=True)]
         prompt[0] = Message(role="user", content=ASKED[0].replace("4711", str(4711 + number)))
@@ -104,6 +109,48 @@ def forms(browser: Browser, folder: Path) -> None:
         served.kill()
 
 
+def verdict(name: str, shown: Shown) -> dict[str, Any]:
+    """Of one of the crowd: most see the same, one does not read, one would rather not."""
+    dice = draw(name, shown.task)
+    seen = (1 if "Monday" in shown.completions[0] else -1) * (1 + int(dice * 3))
+    if name == "quick fox":
+        return {"preference": 1 + int(dice * 3), "client_ms": 500 + int(dice * 2500)}
+    if dice > 0.95 or (name == "maja" and dice > 0.7):
+        reason = ["I cannot tell which carrier is meant.", "Both say the same.", ""][int(dice * 100) % 3]
+        return {"preference": None, "reason": reason or None, "client_ms": 9000}
+    wrong = draw(name, shown.task, "wrong") > 0.92
+    preference = 0 if dice < 0.12 else -seen if wrong else seen
+    return {"preference": preference, "client_ms": 5000 + int(dice * 20_000)}
+
+
+def research(browser: Browser, folder: Path) -> None:
+    """What a researcher sees of a round that eight people have worked on since the morning."""
+    folder.mkdir()
+    served = Served(folder, items(120), overlap=3)
+    people = ["ann", "bob", "fern", "maja", "noor", "otter 7", "quick fox", "zoë"]
+    start = time.time() - 5.2 * 3600
+    for minute in range(5, 310, 5):
+        for name in people:
+            lunch = 150 < minute < 190
+            if not lunch and draw("works", name, minute) < 0.66:
+                judge(served.store, served.round, name, start + 60 * minute, partial(verdict, name))
+    [fox] = [i for i, name in [(served.store.annotator(n), n) for n in people] if name == "quick fox"]
+    for name, width, scheme in (("light", 1200, "light"), ("dark", 1200, "dark"), ("phone", 390, "light")):
+        context = browser.new_context(viewport={"width": width, "height": 800}, color_scheme=scheme)
+        page = context.new_page()
+        for path, kept in (
+            ("/round", "round"),
+            (f"/round/annotator/{fox}", "annotator"),
+            ("/round/disagreements", "disagreements"),
+        ):
+            page.goto(served.home + path)
+            whole = kept == "round"
+            page.set_viewport_size({"width": width, "height": 800 if whole else 1400})
+            small(page.screenshot(full_page=whole), f"{kept}-{name}")
+        context.close()
+    served.kill()
+
+
 def main() -> None:
     FOLDER.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder, chromium() as browser:
@@ -113,6 +160,7 @@ def main() -> None:
         visit(browser, served, "phone", 390, 780, "light")
         served.kill()
         forms(browser, Path(folder))
+        research(browser, Path(folder) / "research")
 
 
 if __name__ == "__main__":
