@@ -131,7 +131,8 @@ def overview(ledger: Ledger) -> Overview:
         )
         reasons = [Reason(who, names[who], str(text), at) for who, text, at in x.execute(told)]
     asked, done = sum(slots.values()), slots.get("done", 0)
-    flags = Counter(flag for i in current["id"].tolist() for flag in said.answers.get(i, {}).get("flags", ()))
+    counting = current["id"][np.isin(current["id"], list(said.answers))] if said.answers else ()
+    flags = Counter(flag for i in counting for flag in said.answers[int(i)].get("flags", ()))
     compared = not any("rating" in answer for answer in said.answers.values())
     decided, wins = _first_shown(current, found)
     clusters = found.task[found.unit]
@@ -196,7 +197,7 @@ def _first_shown(current: Table, found: Verdicts) -> tuple[NDArray[np.int64], ND
 
 
 def _estimate(values: NDArray[np.bool_], clusters: NDArray[np.int64]) -> Estimate | None:
-    return proportion(values.astype(float), clusters.tolist()) if len(values) else None
+    return proportion(values.astype(float), clusters) if len(values) else None
 
 
 def _people(
@@ -229,9 +230,10 @@ def _people(
     late = np.bincount(of(said.table[said.table["rev"] < 0]), minlength=len(ids))
     last = np.zeros(len(ids))
     np.maximum.at(last, of(said.table), said.table["at"])
-    seconds = {
-        int(i): float(np.median(first["ms"][first["who"] == i])) / 1000 for i in np.unique(first["who"])
-    }
+    first = first[np.argsort(first["who"], kind="stable")]
+    known, starts = np.unique(first["who"], return_index=True)
+    times = np.split(first["ms"], starts[1:]) if len(first) else []
+    seconds = {int(i): float(np.median(ms)) / 1000 for i, ms in zip(known, times, strict=True)}
     people = []
     for n, i in enumerate(ids.tolist()):
         mine = {name: column[n] for name, column in columns.items()}

@@ -20,8 +20,8 @@ from annotate.overview import Overview, Pace, Person, Share, disputed, newest, o
 from annotate.statistics import Estimate
 from annotate.store import Store
 
-FRESH = 3.0
-"""Seconds for which one reading of the round serves everyone who looks."""
+SHARE = 0.05
+"""Of one processor's time that is spent on reading the round again, however many look at it."""
 LABELS = 50
 TASKS = 30
 
@@ -94,16 +94,20 @@ def add_researcher(app: FastAPI, store: Store, round_id: int, title: str) -> Non
 
 
 class Recent:
-    """The overview, read again when it is older than FRESH; whoever asks meanwhile waits for that reading."""
+    """The overview, one for everyone who looks; whoever asks while it is read again waits for that."""
 
     def __init__(self, ledger: Ledger):
         self._ledger, self._lock = ledger, threading.Lock()
         self._found: Overview | None = None
+        self._again = 0.0
 
     def overview(self) -> Overview:
         with self._lock:
-            if self._found is None or time.time() - self._found.at > FRESH:
+            start = time.monotonic()
+            if self._found is None or start >= self._again:
                 self._found = overview(self._ledger)
+                end = time.monotonic()
+                self._again = end + (end - start) / SHARE
             return self._found
 
 

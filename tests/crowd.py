@@ -6,9 +6,10 @@ from contextlib import contextmanager
 from typing import Any
 from unittest.mock import patch
 
-from sqlalchemy import insert, select, update
+from sqlalchemy import insert, select
 
 from annotate.queue import Label, Shown
+from annotate.records import Item
 from annotate.schema import Judgement, Slot, Task, View
 from annotate.store import Store
 
@@ -34,32 +35,36 @@ def judge(
     return tokens
 
 
-def fill(store: Store, round_id: int, people: Sequence[str], labels: int) -> None:
-    """Gives each of `people` that many labels, straight into the tables: a day's work in seconds.
+def fill(store: Store, item: Item, people: Sequence[str], labels: int, overlap: int = 2) -> int:
+    """A round in which each of `people` has given that many labels, straight into the tables; its id.
 
-    The round needs labels * len(people) slots, its overlap must divide the number of people.
+    All tasks have the texts of `item`. `overlap` must divide the number of people.
     """
-    ids = [store.annotator(name) for name in people]
-    start = time.time() - 86_400
+    ids, round_id = [store.annotator(name) for name in people], store.open_round("filled", [item])
+    start, count = time.time() - 86_400, labels * len(people)
     with store._write() as x:
-        slots = x.execute(
-            select(Slot.id, Slot.number, Slot.task_id)
-            .join(Task, Task.id == Slot.task_id)
-            .where(Slot.round_id == round_id)
-            .order_by(Slot.task_id, Slot.number)
-        ).all()
-        views, judgements = [], []
-        for index, slot in enumerate(slots[: labels * len(ids)]):
-            order = [0, 1] if slot.task_id % 3 else [1, 0]
-            view = {"slot_id": slot.id, "lease": 1, "annotator_id": ids[index % len(ids)]}
-            at = start + index * 86_000 / len(slots)
-            views.append(view | {"display_order": order, "at": at})
-            said = {"preference": (slot.task_id + index % 2) % 7 - 3, "client_ms": 3000 + index % 9000}
-            judgements.append(view | said | {"rev": 0, "token": f"{slot.id}-1-x", "at": at + 5})
-        taken = update(Slot.__table__).values(state="done", lease=1)  # type: ignore[arg-type]
-        for who in ids:
-            mine = [view["slot_id"] for view in views if view["annotator_id"] == who]
-            for batch in range(0, len(mine), 500):
-                x.execute(taken.where(Slot.id.in_(mine[batch : batch + 500])).values(annotator_id=who))
-        x.execute(insert(View.__table__), views)  # type: ignore[arg-type]
-        x.execute(insert(Judgement.__table__), judgements)  # type: ignore[arg-type]
+        first = x.execute(select(Task).where(Task.round_id == round_id)).one()
+        shared = {"round_id": round_id, "prompt_id": first.prompt_id, "response_ids": first.response_ids}
+        tasks = [
+            {"id": first.id + 1 + n, "key": f"{n:016x}", "policies": [], **shared}
+            for n in range(count // overlap)
+        ]
+        slots, views, judgements = [], [], []
+        for n in range(count):
+            task, who, at = tasks[n // overlap]["id"], ids[n % len(ids)], start + 80_000 * n / count
+            held = {"annotator_id": who, "lease": 1}
+            slot = {
+                "id": 10 + n,
+                "task_id": task,
+                "round_id": round_id,
+                "number": n % overlap,
+                "priority": 0.5,
+            }
+            slots.append(slot | held | {"state": "done"})
+            order = [0, 1] if (task + n % overlap) % 3 else [1, 0]
+            views.append(held | {"slot_id": 10 + n, "display_order": order, "at": at})
+            said = {"preference": (task + n % overlap) % 7 - 3, "client_ms": 3000 + n % 9000, "rev": 0}
+            judgements.append(held | said | {"slot_id": 10 + n, "token": f"{10 + n}-1-x", "at": at + 5})
+        for table, rows in ((Task, tasks), (Slot, slots), (View, views), (Judgement, judgements)):
+            x.execute(insert(table.__table__), rows)  # type: ignore[arg-type]
+    return round_id
