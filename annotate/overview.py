@@ -33,7 +33,7 @@ class Share:
     count: float
     n: int
     low: float
-    """Wilson, at LEVEL."""
+    """Clopper-Pearson, at LEVEL: exact, where Wilson's is too narrow so far out."""
     high: float
 
     @property
@@ -265,7 +265,7 @@ def _same_as_others(
 def _shares(who: NDArray[np.int64], hits: NDArray[np.generic], people: int) -> list[Share | None]:
     n = np.bincount(who, minlength=people)
     count = np.bincount(who, weights=hits.astype(float), minlength=people)
-    low, high = proportion_confint(count, np.maximum(n, 1), alpha=1 - LEVEL, method="wilson")
+    low, high = proportion_confint(count, np.maximum(n, 1), alpha=1 - LEVEL, method="beta")
     every = zip(count.tolist(), n.tolist(), low.tolist(), high.tolist(), strict=True)
     return [Share(*each) if each[1] else None for each in every]
 

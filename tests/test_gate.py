@@ -121,6 +121,8 @@ PATHS = [
         "/label/gradio_api/startup-events",
         "/label/gradio_api/theme.css",
         "/label/gradio_api/",
+        "/round",
+        "/round/annotator/",
     ),
 ]
 

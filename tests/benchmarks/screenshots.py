@@ -126,7 +126,10 @@ def verdict(name: str, shown: Shown) -> dict[str, Any]:
 def research(browser: Browser, folder: Path) -> None:
     """What a researcher sees of a round that eight people have worked on since the morning."""
     folder.mkdir()
-    served = Served(folder, items(120), overlap=3)
+    tasks = items(120)
+    for n in range(0, len(tasks), 2):  # neither place is always the better one
+        tasks[n] = tasks[n].model_copy(update={"completions": tasks[n].completions[::-1]})
+    served = Served(folder, tasks, overlap=3)
     people = ["ann", "bob", "fern", "maja", "noor", "otter 7", "quick fox", "zoë"]
     start = time.time() - 5.2 * 3600
     for minute in range(5, 310, 5):
