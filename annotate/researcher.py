@@ -105,9 +105,12 @@ class Recent:
         with self._lock:
             start = time.monotonic()
             if self._found is None or start >= self._again:
+                first = (
+                    self._found is None
+                )  # which reads all, and loads libraries: not what the next will cost
                 self._found = overview(self._ledger)
                 end = time.monotonic()
-                self._again = end + (end - start) / SHARE
+                self._again = end if first else end + (end - start) / SHARE
             return self._found
 
 

@@ -114,15 +114,19 @@ def test_no_page_names_a_policy_and_hostile_names_and_reasons_are_text(rita: Bro
 def test_on_ones_own_machine_whoever_is_there_is_the_researcher(tmp_path: Path) -> None:
     server = Server(f"sqlite:///{tmp_path}/labels.db")
     store = Store(server.url)
-    work(store, store.open_round("r", [item(n) for n in range(9)], overlap=2), 3)
+    round_id = store.open_round("r", [item(n) for n in range(9)], overlap=2)
     server.start()
     assert f"See how it goes at http://127.0.0.1:{server.port}/round\n" == server.process.stdout.readline()  # type: ignore[union-attr]
-    for who in (Browser(server, None), Browser(server, "ann")):
+    nobody = Browser(server, None)
+    assert b"Nothing has been labelled yet" in nobody.request("GET", "/round")[2]
+    assert b"No two people" in nobody.request("GET", "/round/disagreements")[2]
+    work(store, round_id, 3)
+    for who in (nobody, Browser(server, "ann")):
         for path in PAGES:
             assert who.request("GET", path)[0] == 200
         assert who.request("GET", "/round", host="evil.example")[0] == 421
     assert Browser(server, "ann").call("hello", {})[1]["researcher"]
-    body = Browser(server, None).request("GET", "/round")[2].decode()
+    body = nobody.request("GET", "/round")[2].decode()
     assert "6 of 18 labels" in re.sub(r"\s+", " ", body)
     server.kill()
 
