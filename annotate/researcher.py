@@ -64,6 +64,8 @@ def add_researcher(app: FastAPI, store: Store, round_id: int, title: str) -> Non
     """Routes of the pages about this round."""
     ledger = Ledger(store, round_id)
     recent = Recent(ledger)
+    # All labels so far are read while the server starts, so that nobody waits for it.
+    threading.Thread(target=recent.overview, daemon=True).start()
 
     def page(request: Request, name: str, **values: Any) -> Response:
         who = request.scope["annotator"]

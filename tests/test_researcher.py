@@ -121,6 +121,9 @@ def test_on_ones_own_machine_whoever_is_there_is_the_researcher(tmp_path: Path) 
     assert b"Nothing has been labelled yet" in nobody.request("GET", "/round")[2]
     assert b"No two people" in nobody.request("GET", "/round/disagreements")[2]
     work(store, round_id, 3)
+    deadline = time.monotonic() + 30  # a reading serves for a while
+    while b"<table>" not in nobody.request("GET", "/round")[2] and time.monotonic() < deadline:
+        time.sleep(0.1)
     for who in (nobody, Browser(server, "ann")):
         for path in PAGES:
             assert who.request("GET", path)[0] == 200
