@@ -5,6 +5,7 @@ cumulative distribution at one uniform number: which rows share a batch never ch
 """
 
 import hashlib
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
@@ -16,6 +17,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.cache_utils import DynamicLayer
 
 from annotate.records import DataError
+from reward.parallel import place, shared
 from reward.tokens import HeadInput, device_of, pad_id
 
 
@@ -65,14 +67,18 @@ class Sampler:
         order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), i))
         training = self.model.training
         self.model.eval()
-        for start in range(0, len(order), self.batch_size):
-            rows = order[start : start + self.batch_size]
-            for i, sample in zip(
-                rows, self._batch([prompts[i] for i in rows], [keys[i] for i in rows]), strict=True
-            ):
-                samples[i] = sample
+        size = min(self.batch_size, math.ceil(len(order) / place()[1]) or 1)
+        batches = [order[start : start + size] for start in range(0, len(order), size)]
+
+        def answer(rows: list[int]) -> list[Sample]:
+            found = self._batch([prompts[i] for i in rows], [keys[i] for i in rows])
             if bar:
-                bar.advance(len(rows))
+                bar.advance(len(rows) * place()[1])
+            return found
+
+        for rows, found in zip(batches, shared(batches, answer), strict=True):
+            for i, sample in zip(rows, found, strict=True):
+                samples[i] = sample
         self.model.train(training)
         return [sample for sample in samples if sample is not None]
 
