@@ -21,6 +21,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from reward.model_reward import ModelReward, Prompt, RewardError, quoted, shortened
+from reward.parallel import once
 from reward.scaling import RunningScale
 
 __all__ = ["Prompt", "RewardError", "Rewards", "RunningScale", "Scores"]
@@ -143,7 +144,7 @@ def _called(name: str, function: Callable[..., Any], arguments: Mapping[str, Any
     if isinstance(function, ModelReward):
         return function(**taken)
     try:
-        return function(**taken)
+        return once(lambda: function(**taken))
     except Exception as error:
         frames = extract_tb(error.__traceback__)[1:2]  # where in the function, not below it
         where = "".join(f" in line {frame.lineno} of {Path(frame.filename).name}" for frame in frames)

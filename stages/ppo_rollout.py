@@ -1,6 +1,7 @@
 """Rollouts: replies sampled from the present policy, and what an update needs to know of them."""
 
 import math
+import resource
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
@@ -76,6 +77,13 @@ class Clock:
     def take(self) -> dict[str, float]:
         taken, self.seconds = self.seconds, defaultdict(float)
         return dict(taken)
+
+
+def peak_memory(device: torch.device) -> float:
+    """MiB: of the process, or of the GPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
 class Actor:

@@ -10,7 +10,6 @@ One update = `rollout` of `rollout_size` replies, their `score`, then an `update
 in `num_mini_batches` optimiser steps each. `train` does nothing else; a loop of one's own may call the three.
 """
 
-import resource
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -21,6 +20,7 @@ from torch import Tensor, nn
 
 from reward.functions import RewardError, Rewards, RunningScale, Scores
 from reward.model import disable_dropout
+from reward.parallel import summed
 from reward.paths import choose
 from stages.adapters import with_adapters
 from stages.engine import Engine
@@ -35,6 +35,7 @@ from stages.ppo_rollout import (
     Rollout,
     experience,
     final_scores,
+    peak_memory,
     rollout_rows,
     scaled,
     summary,
@@ -180,7 +181,7 @@ class PPOTrainer(Engine):
             for logp in e.old_logps[: len(s.tokens)]
         ]
         found["sampling_kl"] = (sum(sampled) - sum(trained)) / max(1, len(sampled))
-        return found | self.clock.take() | {"memory/peak_mib": _peak(self.args.device)}
+        return found | self.clock.take() | {"memory/peak_mib": peak_memory(self.args.device)}
 
     def keep(self, rows: Sequence[Rollout]) -> None:
         """Called with every rollout; for subclasses that write it down."""
@@ -225,6 +226,13 @@ class PPOTrainer(Engine):
                     rate = {"params": of_value, "lr": self.args.value_learning_rate}
                     optimizer.add_param_group({**{k: v for k, v in group.items() if k != "params"}, **rate})
         return optimizer
+
+    def training_step(
+        self, model: nn.Module, inputs: Sequence[Any], num_items_in_batch: Any = None
+    ) -> Tensor:
+        loss, objective = super().training_step(model, inputs, num_items_in_batch), vars(self.objective)
+        objective |= summed({name: objective[name] for name in ("ratio", "kl")})  # all stop for one reason
+        return loss
 
     def _clip_grad_norm(self, model: nn.Module) -> Tensor:
         """Drop the gradients of a step whose mean ratio has run away, so that the optimiser skips it."""
@@ -284,10 +292,3 @@ class _Updates:
             with suppress(OSError):  # a full disk: the error of the reward function says more
                 trainer._save_checkpoint(trainer.model, trial=None)
                 trainer.callback_handler.on_save(self.args, trainer.state, trainer.control)
-
-
-def _peak(device: torch.device) -> float:
-    """MiB: of the process, or of the GPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024

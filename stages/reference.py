@@ -18,6 +18,7 @@ import numpy
 import torch
 
 from reward.batch import Example
+from reward.parallel import once
 from reward.paths import choose
 from reward.tokens import device_of, logprobs
 from stages.config import UserError
@@ -34,7 +35,7 @@ def reference_logps(
     sizes = [len(example.completions) for example in examples]
     path = runs_root() / ".reference" / f"{_key(model, policy, examples)}.npy"
     cached = not policy.startswith("hub:")  # the content behind a hub id is not known
-    values = _load(path, sum(sizes)) if cached else None
+    values = once(lambda: _load(path, sum(sizes))) if cached else None
     if values is None:
         with run.progress("reference log-probabilities", total=1, unit="passes") as bar:
             choose(model, examples)

@@ -39,6 +39,7 @@ class Config(StageConfig):
 def main(config: Config, run: Run) -> None:
     from reward.losses import PreferenceLikelihood
     from reward.model import load_reward, new_reward_model, save
+    from reward.parallel import wait
     from stages.engine import Engine, Epochs, Reporting, arguments, train
 
     judgements = read(config.judgements, Judgement)
@@ -58,7 +59,8 @@ def main(config: Config, run: Run) -> None:
     facts = {"thresholds": objective.detach(model), "labelled_by": who(train_rows)}
     save(model, tokenizer, run.output("model"))
     run.record(**facts)
-    reloaded, _ = load_reward(run.output("model"))
+    wait()  # the first process writes it for all
+    reloaded, _ = load_reward(run.path / "model")
     reloaded.path = model.path
     check_reload(model, reloaded, examples[:16])
     measure(reloaded, tokenizer, in_pairs(train_rows), in_pairs(held_out), limit, run)

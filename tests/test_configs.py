@@ -5,22 +5,33 @@ from pathlib import Path
 import pytest
 
 from stages.config import STAGES, check_libraries, load, module
+from stages.dpo import PARAMETERS
 
 CONFIGS = sorted(Path("configs").glob("*.yaml"))
 
 
 def test_there_are_the_promised_experiments():
-    assert {"quickstart", "smoke", "hh", "frontier"} <= {path.stem for path in CONFIGS}
+    assert {"quickstart", "smoke", "hh", "frontier", "objectives"} <= {path.stem for path in CONFIGS}
 
 
 def test_the_frontier_is_drawn_in_the_quickstarts_world_and_has_every_kind_of_stage():
     frontier, quickstart = load("configs/frontier.yaml"), load("configs/quickstart.yaml")
-    for stage in ("prepare", "pretrain", "sft", "sample", "collect", "rm", "dpo", "ppo"):
+    for stage in ("prepare", "pretrain", "sft"):
         assert frontier.stages[stage] == quickstart.stages[stage]
     assert set(frontier.kinds.values()) == set(STAGES)
     measured = set(frontier.uses("evaluate")) - {"prepare", "sample", "rm"}
     trained = {"pretrain", "sft", "dpo", "kto", "ppo", "rloo", "grpo"}
     assert measured == {stage for stage, kind in frontier.kinds.items() if kind in trained}
+
+
+def test_the_objectives_are_all_compared_on_the_quickstarts_judgements():
+    compared, quickstart = load("configs/objectives.yaml"), load("configs/quickstart.yaml")
+    for stage in ("prepare", "pretrain", "sft", "sample", "collect"):
+        assert compared.stages[stage] == quickstart.stages[stage]
+    trained = {stage for stage, kind in compared.kinds.items() if kind == "dpo"}
+    assert trained <= set(compared.uses("evaluate"))
+    # of pairs, plackett_luce is sigmoid
+    assert {compared.stages[stage].objective for stage in trained} == PARAMETERS.keys() - {"plackett_luce"}
 
 
 def test_the_frontiers_online_methods_draw_as_many_replies_as_ppo(tmp_path):

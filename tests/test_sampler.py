@@ -102,6 +102,15 @@ def test_draws_do_not_depend_on_who_shares_the_batch(policy):
         assert one.logprobs == pytest.approx(other.logprobs, abs=1e-5)
 
 
+def test_room_in_the_cache_changes_no_bit(policy, monkeypatch):
+    model, tokenizer = policy
+    monkeypatch.setattr("reward.sampler.ROOM", 3)
+    roomy = Sampler(model, tokenizer, 20).sample(PROMPTS, KEYS)
+    assert max(len(sample.tokens) for sample in roomy) > 6  # room was made more than once
+    monkeypatch.setattr("reward.sampler._with_room", lambda cache: cache)
+    assert Sampler(model, tokenizer, 20).sample(PROMPTS, KEYS) == roomy
+
+
 def test_another_key_draws_another_reply(llama):
     first, second = Sampler(*llama, 20).sample([PROMPTS[2]] * 2, ["a", "b"])
     assert first.tokens != second.tokens

@@ -1,0 +1,98 @@
+"""Several processes, one result: `torchrun --nproc_per_node 2 -m stages.cli run CONFIG`.
+
+All processes run the same program on the same data, in step. What costs time is split here: each computes its
+share of a list and gets the others' shares. With one process every function does the plain thing.
+"""
+
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import cache
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+
+def place() -> tuple[int, int]:
+    """(number of this process, how many there are)."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return 0, 1
+    return dist.get_rank(), dist.get_world_size()
+
+
+def join() -> None:
+    """Meet the other processes of torchrun, if it started this one, over nccl or on CPUs gloo."""
+    if "RANK" in os.environ:
+        from accelerate import PartialState
+
+        PartialState(**ON_CPU) if not torch.cuda.is_available() else PartialState()
+
+
+ON_CPU: dict[str, Any] = {"cpu": True, "backend": "gloo"}
+
+
+def wait() -> None:
+    """Until all processes are here."""
+    if place()[1] > 1:
+        dist.barrier(group=_plain_group())
+
+
+def shared(parts: Sequence[T], work: Callable[[T], R]) -> list[R]:
+    """`work` of every part, each done by one process and known to all; an error of one is raised by all."""
+    rank, size = place()
+    if size == 1:
+        return [work(part) for part in parts]
+    gathered = _gathered(lambda: [work(part) for part in parts[rank::size]])
+    return [gathered[i % size][i // size] for i in range(len(parts))]
+
+
+def once(work: Callable[[], R]) -> R:
+    """What `work` gives to the first process; the others do not do it."""
+    rank, size = place()
+    if size == 1:
+        return work()
+    return _gathered(lambda: work() if rank == 0 else None)[0]  # type: ignore[return-value]
+
+
+def _gathered(work: Callable[[], R]) -> list[R]:
+    """What `work` gives to each process, at all of them."""
+    try:
+        mine: tuple[R | None, Exception | None] = work(), None
+    except Exception as error:
+        mine = None, error
+    found: list[Any] = [None] * place()[1]
+    dist.all_gather_object(found, mine, group=_plain_group())
+    for _, failed in found:
+        if failed is not None:
+            raise failed
+    return [value for value, _ in found]
+
+
+@cache
+def _plain_group() -> Any:
+    """For objects of Python, which GPUs need not see."""
+    return dist.new_group(backend="gloo")
+
+
+def sum_gradients(parameters: Iterable[nn.Parameter]) -> None:
+    """Add up the gradients that the processes found, each on its share of a step."""
+    if place()[1] > 1:
+        for parameter in parameters:
+            if parameter.requires_grad:
+                if parameter.grad is None:
+                    parameter.grad = parameter.new_zeros(parameter.shape)
+                dist.all_reduce(parameter.grad)
+
+
+def summed(values: Mapping[str, float]) -> dict[str, float]:
+    """By name, the sums over the processes of what each found on its share."""
+    if place()[1] == 1:
+        return dict(values)
+    found = _gathered(lambda: dict(values))
+    return {
+        name: sum(of.get(name, 0.0) for of in found) for name in dict.fromkeys(n for of in found for n in of)
+    }
