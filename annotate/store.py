@@ -130,7 +130,7 @@ class Store:
 
         Tasks seen before keep their labels; tasks not listed are no longer handed out; raising `overlap` adds
         slots. With `reserve`, a task's slots belong to `overlap` of these annotators, drawn by (salt, task).
-        The order shown is drawn by (salt, task, annotator).
+        The order shown is drawn by (salt, task, annotator). High `Item.priority` is served first.
         """
         if reserve and overlap > len(reserve):
             raise DataError(f"overlap {overlap}, but {len(reserve)} annotators: at most one label each")
@@ -146,8 +146,9 @@ class Store:
             else:
                 round_id = int(found.id)
                 x.execute(update(Round).where(Round.id == round_id).values(overlap=overlap, lease=lease))
-            tasks = rounds.add_tasks(x, round_id, {item.task: item for item in items})
-            rounds.add_slots(x, round_id, tasks, overlap, names, salt)
+            asked = {item.task: item for item in items}
+            tasks = rounds.add_tasks(x, round_id, asked)
+            rounds.add_slots(x, round_id, tasks, overlap, names, salt, rounds.ranked(asked, salt))
         return round_id
 
     def round(self, name: str) -> int | None:

@@ -122,7 +122,7 @@ def snapshot(
     """Rows sorted by task and annotator, without times: the same labels give the same bytes."""
     return [
         Judgement(
-            **items[label.task].model_dump(exclude={"policies"}),
+            **items[label.task].model_dump(exclude={"policies", "priority"}),
             annotator=label.annotator,
             kind=kind,
             round=name,
@@ -142,7 +142,7 @@ def edits(
         edit, item = label.answers.edit, items[label.task]
         if edit is None or edit.text == item.completions[edit.of]:
             continue
-        shared = item.model_dump(exclude={"policies", "completions", "use"})
+        shared = item.model_dump(exclude={"policies", "priority", "completions", "use"})
         demonstrations.append(Record(**shared, use="sft", completion=edit.text))
         texts = [edit.text, item.completions[edit.of]]
         who: dict[str, Any] = {"annotator": label.annotator, "kind": kind, "round": name}

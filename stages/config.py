@@ -51,6 +51,14 @@ class NotInKey:
 
 
 @dataclass(frozen=True)
+class InKeyIfSet:
+    """Marks a setting that came later than others: at its default it is left out of the run key.
+
+    So the runs from before it keep theirs. The default must leave the outputs as they were.
+    """
+
+
+@dataclass(frozen=True)
 class KeysOf:
     """Marks a block handed on to a library's dataclass ("trl.SFTConfig"): only its field names are allowed.
 

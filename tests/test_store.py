@@ -205,6 +205,43 @@ def test_work_survives_another_list_of_items(store: Store) -> None:
     assert (store.progress(round_id).asked, store.progress(round_id).done) == (20, 5)
 
 
+def with_priorities(priorities: dict[int, float]) -> list[Item]:
+    return [i.model_copy(update={"priority": priorities.get(n)}) for n, i in enumerate(ITEMS)]
+
+
+def order(store: Store, round_id: int, who: str) -> list[int]:
+    """Numbers of the items in the order in which `who` gets them, four at a time."""
+    me, got = store.annotator(who), []
+    while views := store.step(round_id, me, want=4)[1]:
+        got.append(ITEMS.index(TASKS[views[0].task]))
+        store.step(round_id, me, [label(views[0])])
+    return got
+
+
+def test_high_priority_is_served_first_and_the_draw_decides_the_rest(store: Store) -> None:
+    plain = order(store, store.open_round("plain", ITEMS, salt="7"), "ann")
+    given = {3: -0.5, 4: 8.0, 5: -0.5, 6: 1e300, 7: 8.0}
+    mixed = order(store, store.open_round("r", with_priorities(given), salt="7"), "ann")
+    drawn = [n for n in plain if n not in given]
+    ties = [[n for n in plain if given.get(n) == value] for value in (1e300, 8.0, -0.5)]
+    assert mixed == [*ties[0], *ties[1], *ties[2], *drawn]
+
+
+def test_reopening_with_other_priorities_moves_what_is_not_labelled(store: Store) -> None:
+    round_id, ann, bob = store.open_round("r", ITEMS), store.annotator("ann"), store.annotator("bob")
+    done, held = (store.step(round_id, who, want=1)[1][0] for who in (ann, bob))
+    store.step(round_id, ann, [label(done)])
+    before = counts(store, "select count(*) from slots where priority >= 1")
+    store.open_round("r", with_priorities({n: n + 1.0 for n in range(30)}))
+    after = counts(store, "select count(*) from slots where priority >= 1")
+    assert (before, after) == (0, 29)  # not the one that is done
+    skip = [ITEMS.index(TASKS[view.task]) for view in (done, held)]
+    assert order(store, round_id, "ann") == [n for n in range(29, -1, -1) if n not in skip]
+    assert store.step(round_id, bob, want=1)[1] == [held]
+    store.open_round("r", ITEMS)  # back to the draw
+    assert counts(store, "select count(*) from slots where priority >= 1 and state <> 'done'") == 0
+
+
 def test_an_expired_lease_is_taken_over_and_the_late_label_is_kept_uncounted(store: Store) -> None:
     round_id = store.open_round("r", ITEMS[:1], lease=0.01)
     ann, bob = store.annotator("ann"), store.annotator("bob")
