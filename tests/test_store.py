@@ -140,6 +140,12 @@ create table judgements (id integer not null primary key, slot_id integer not nu
   reason VARCHAR, client_ms integer, at DOUBLE not null);
 create trigger judgements_no_update before update on judgements begin select raise(abort, 'append-only'); end;
 insert into judgements values (1, 1, 1, 1, 0, '1-1-0', 0, null, 900, 0.0);
+create table rounds (id integer not null primary key, name VARCHAR not null unique, kind VARCHAR not null,
+  overlap integer not null, lease DOUBLE not null, salt VARCHAR not null);
+insert into rounds values (1, 'r', 'person', 1, 1800.0, '');
+create table tasks (id integer not null primary key, round_id integer not null, key VARCHAR not null,
+  prompt_id VARCHAR not null, response_ids JSON not null, policies JSON not null);
+insert into tasks values (1, 1, 'key', 'prompt', '[1, 2]', '[]');
 """
 
 
@@ -153,7 +159,9 @@ def test_a_database_of_the_first_version_is_brought_here_with_its_labels(url: st
     new = Store(f"sqlite:///{tmp_path}/new.db")
     table_info = "(select * from pragma_table_info('{}') order by name)"
     columns = f"select group_concat(name || type || [notnull]) from {table_info}"
-    for table in ("judgements", "guidelines", "invitations"):
+    assert counts(store, "select count(*) from tasks where known is null") == 1
+    assert counts(store, "select count(*) from rounds where state = 'open' and part_of is null") == 1
+    for table in ("judgements", "guidelines", "invitations", "rounds", "tasks"):
         with store._read() as x, new._read() as y:
             query = text(columns.format(table))
             assert x.execute(query).scalar_one() == y.execute(query).scalar_one()
