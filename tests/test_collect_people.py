@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from annotate import quality
 from annotate.records import DataError, Judgement, read
-from annotate.rules import Qualify, Rules
+from annotate.rules import Check, Qualify, Rules
 from annotate.store import Store
 from stages.collect import Config, main
 from stages.config import UserError
@@ -192,3 +193,13 @@ def test_settings_that_will_not_do_are_one_line(
         tiny.rows_file(run.output("items.jsonl"), ITEMS)
     code = 1 if "none.jsonl" in says else 2
     assert says in " ".join(fails("annotate", folder / "test.yaml", *settings, code=code).split())
+
+
+def test_the_documentation_s_settings_and_check_are_what_is_read() -> None:
+    text = Path("annotate/README.md").read_text()
+    [row] = [line for line in text.splitlines() if '"better": 1' in line]
+    parsed = Check.model_validate_json(row)
+    assert parsed.completions[parsed.better] == "4" and parsed.feedback == "4, of course."
+    block = text.partition("    collect:\n")[2].partition("\n\n")[0]
+    config = Config.model_validate(yaml.safe_load(block))
+    assert config.qualify == Qualify(checks=5, right=0.8) and (config.repeats, config.at_most) == (0.05, 300)

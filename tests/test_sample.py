@@ -7,7 +7,8 @@ from reward.batch import Example
 from reward.model import load_policy
 from reward.tokens import logprobs, prompt_ids
 from stages import sample
-from stages.config import UserError
+from stages.config import UserError, load
+from stages.errors import SettingsError
 from stages.manifest import Input
 from stages.measures import score_items
 from stages.plan import run_key
@@ -142,3 +143,18 @@ def test_the_keys_of_runs_without_a_reward_model_stay(policy):
     scored = config.model_copy(update={"reward": "rm"})
     reward = Input(ref="rm", path="rm", digest="ghi")
     assert run_key("sample", scored, inputs | {"reward": reward}) != key
+
+
+def test_a_second_round_reads_the_reward_model_of_the_first(tmp_path):
+    (tmp_path / "two.yaml").write_text("""
+name: two
+stages:
+  prepare: {data: helpdesk}
+  sample: {policy: some-model, prompts: prepare}
+  collect: {items: sample}
+  rm: {policy: some-model, judgements: collect}
+  sample-2: {stage: sample, policy: some-model, prompts: prepare, reward: rm}
+""")
+    assert load(tmp_path / "two.yaml").uses("sample-2") == ["prepare", "rm"]
+    with pytest.raises(SettingsError, match="in a circle"):
+        load(tmp_path / "two.yaml", ["sample.reward=rm"])
