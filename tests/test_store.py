@@ -12,9 +12,11 @@ from pathlib import Path
 import pytest
 from sqlalchemy import text
 
+from annotate.care import check
 from annotate.form import Answers
 from annotate.queue import Label, Past, Shown
 from annotate.records import DataError, Item, Message, prompt_id
+from annotate.rules import Check, Rules
 from annotate.store import Store
 
 
@@ -165,6 +167,26 @@ def test_a_database_of_the_first_version_is_brought_here_with_its_labels(url: st
         with store._read() as x, new._read() as y:
             query = text(columns.format(table))
             assert x.execute(query).scalar_one() == y.execute(query).scalar_one()
+
+
+def test_a_database_of_version_3_opens_with_all_its_labels_and_work_goes_on(url: str) -> None:
+    with sqlite3.connect(url.removeprefix("sqlite:///")) as x:
+        x.executescript(Path("tests/goldens/labels-3.sql").read_text())
+    store = Store(url)
+    found = [(label.task, label.annotator, label.preference) for label in store.labels(1)]
+    one, two = "3cb7fe48317b760e", "920a1a87be4ce840"
+    assert found == [(one, "ann", -1), (one, "bob", 0), (two, "ann", None)]
+    assert counts(store, "select count(*) from judgements") == 4
+    rules = Rules(repeats=0.5, at_most=9)
+    checks = [Check(**item(9).model_dump(include={"prompt", "completions"}), better=0)]
+    assert store.open_round("r", ITEMS[:3], overlap=2, checks=checks, rules=rules) == 1
+    ann, got = store.annotator("ann"), []
+    while views := store.step(1, ann, want=4)[1]:
+        got.append(views[0].messages[0]["content"])
+        assert store.step(1, ann, [label(views[0])])[0] == ["saved"]
+    assert len(got) == 2 and "question 9" in got
+    assert (store.progress(1).asked, store.progress(1).done) == (6, 4)
+    assert check(url)[1] == []
 
 
 def test_each_task_gets_exactly_overlap_labels_from_different_people(store: Store) -> None:
