@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from sqlalchemy import text
+from sqlalchemy import event, text
 
 from annotate import quality
 from annotate.form import Answers, Form
@@ -414,3 +414,29 @@ def test_the_database_of_a_round_with_extras_is_sound(store: Store) -> None:
             )
         )
     assert len(look(store.url)[1]) == 2
+
+
+def statements(store: Store, round_id: int, me: int) -> int:
+    """How many statements it takes to record a label and hand out the next task."""
+    seen: list[str] = []
+    [view, *_] = store.step(round_id, me, want=4)[1]
+
+    def count(connection: object, cursor: object, statement: str, *_: object) -> None:
+        seen.append(statement)
+
+    event.listen(store._engine, "before_cursor_execute", count)
+    store.step(round_id, me, [Label(token=f"{view.key}-0", preference=2)], want=4)
+    event.remove(store._engine, "before_cursor_execute", count)
+    return len(seen)
+
+
+def test_a_step_takes_as_many_statements_after_many_labels_and_no_more_where_there_are_no_rules(
+    store: Store,
+) -> None:
+    plain_round, me = store.open_round("plain", ITEMS, overlap=2), store.annotator("ann")
+    round_id = store.open_round("r", ITEMS, overlap=2, checks=CHECKS, rules=Rules(repeats=0.1, at_most=50))
+    without = [statements(store, plain_round, me) for _ in range(40)]
+    with_rules = [statements(store, round_id, me) for _ in range(40)]
+    assert set(without) == {14}
+    assert min(with_rules) == 14 + 3  # the parts of the round, and how much there was of each
+    assert max(with_rules) <= 14 + 3 + 6  # where a check or a repeat is handed out
