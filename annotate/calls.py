@@ -4,7 +4,9 @@ from typing import Any
 
 from pydantic import Field, ValidationError
 
+from annotate import quality
 from annotate.form import Closed, Form
+from annotate.keys import hidden, plain
 from annotate.markdown import render
 from annotate.queue import KEY, Label, Shown
 from annotate.records import DataError
@@ -37,6 +39,7 @@ class Calls:
         self.guidelines = {"id": store.guidelines(guidelines), "html": render(guidelines)}
         self.served = f"{round_id}/{self.form['id']}/{self.guidelines['id']}"
         """What a page was loaded for: one that was loaded for anything else loads itself anew."""
+        self.checked = quality.has_checks(store, round_id)
 
     def hello(self, _: object, who: Who) -> Answer:
         """All that the page needs at its start."""
@@ -55,7 +58,7 @@ class Calls:
             "progress": self._progress(who),
             "history": [
                 {
-                    **_task(label.shown),
+                    **self._task(label.shown),
                     "preference": label.preference,
                     "both_bad": label.both_bad,
                     "answers": label.answers.model_dump(),
@@ -71,22 +74,36 @@ class Calls:
             statuses, shown = self.store.step(self.round_id, who[0], asked.labels, asked.want)
         except (ValidationError, DataError) as error:
             return {"error": f"not saved: {_said(error)}"}
-        answer = {"ok": True, "statuses": statuses, "tasks": [_task(task) for task in shown]}
+        answer = {"ok": True, "statuses": statuses, "tasks": [self._task(task) for task in shown]}
         answer["served"] = self.served
+        if len(shown) < asked.want:
+            answer["standing"] = quality.standing(self.store, self.round_id, who[0])
+        if self.checked and asked.labels:
+            answer["feedback"] = self._feedback(asked.labels, who)
         return answer | ({"progress": self._progress(who)} if asked.count else {})
 
     def markdown(self, argument: object, who: Who) -> Answer:
         """HTML of the texts of tasks that this annotator holds."""
         try:
             asked = Markdown.model_validate(argument)
-            held = self.store.held(self.round_id, who[0], asked.keys)
+            keys = {plain(self.store.id, key): key for key in asked.keys}
+            held = self.store.held(self.round_id, who[0], list(keys))
         except (ValidationError, DataError) as error:
             return {"error": f"not rendered: {_said(error)}"}
-        return {"ok": True, "html": {task.key: _html(task) for task in held}}
+        known = [task for task in held if keys[task.key] != task.key]  # a bare number must tell nothing
+        return {"ok": True, "html": {keys[task.key]: _html(task) for task in known}}
 
     def _progress(self, who: Who) -> dict[str, int]:
-        mine = self.store.progress(self.round_id, who[0])
+        mine = quality.progress(self.store, self.round_id, who[0])
         return {"asked": mine.asked, "done": mine.done}
+
+    def _feedback(self, labels: list[Label], who: Who) -> list[Answer]:
+        told = quality.feedback(self.store, who[0], [label.token for label in labels])
+        return [{"token": token, "right": right, "text": text} for token, right, text in told]
+
+    def _task(self, shown: Shown) -> Answer:
+        key = hidden(self.store.id, shown.key)
+        return {"key": key, "messages": shown.messages, "completions": shown.completions}
 
 
 def _said(error: ValidationError | DataError) -> str:
@@ -94,10 +111,6 @@ def _said(error: ValidationError | DataError) -> str:
         return str(error)
     first = error.errors()[0]
     return f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
-
-
-def _task(shown: Shown) -> Answer:
-    return {"key": shown.key, "messages": shown.messages, "completions": shown.completions}
 
 
 def _html(shown: Shown) -> Answer:

@@ -11,11 +11,16 @@ from sqlalchemy.exc import DatabaseError
 from annotate.engine import open_engine
 from annotate.records import DataError
 
+_COUNTED = """
+    SELECT count(DISTINCT slot_id) FROM judgements JOIN slots ON slots.id = slot_id
+    JOIN rounds ON rounds.id = slots.round_id WHERE rev IS NOT NULL AND purpose = '{}'"""
 COUNTS = {
     "rounds": "SELECT count(*) FROM rounds",
     "tasks": "SELECT count(*) FROM tasks",
     "annotators": "SELECT count(*) FROM annotators",
-    "labels that count": "SELECT count(DISTINCT slot_id) FROM judgements WHERE rev IS NOT NULL",
+    "labels that count": _COUNTED.format("label"),
+    "answers to checks": _COUNTED.format("check"),
+    "repeats": _COUNTED.format("repeat"),
     "said in all": "SELECT count(*) FROM judgements",
     "came too late": "SELECT count(*) FROM judgements WHERE rev IS NULL",
 }
@@ -35,6 +40,18 @@ FAULTS = {
     "labels that are not of whoever holds the slot": """
         SELECT count(*) FROM judgements JOIN slots ON slots.id = slot_id
         WHERE rev IS NOT NULL AND judgements.annotator_id IS NOT slots.annotator_id""",
+    "checks whose answer is not known": """
+        SELECT count(*) FROM tasks JOIN rounds ON rounds.id = round_id
+        WHERE (purpose = 'check') <> (known IS NOT NULL)""",
+    "checks and repeats that are not one person's": """
+        SELECT count(*) FROM slots JOIN rounds ON rounds.id = round_id
+        WHERE purpose <> 'label' AND (reserved_id IS NULL OR reserved_id <> number)""",
+    "repeats of what the same person had not labelled": """
+        SELECT count(*) FROM slots JOIN tasks ON tasks.id = task_id JOIN rounds ON rounds.id = slots.round_id
+        WHERE purpose = 'repeat' AND NOT EXISTS (
+            SELECT 1 FROM tasks AS first JOIN slots AS done ON done.task_id = first.id
+            WHERE first.round_id = rounds.part_of AND first.key = tasks.key AND done.state = 'done'
+            AND done.annotator_id = slots.number)""",
 }
 """What the schema and `annotate.queue` rule out; any of them means that something else wrote to the file."""
 

@@ -14,9 +14,13 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, model_validator
 from sqlalchemy import Connection
 
+from annotate import extras
 from annotate import statements as sql
+from annotate.extras import Next
 from annotate.form import Answers, Closed, Form, back, fault
+from annotate.keys import plain
 from annotate.records import DataError, draw
+from annotate.rules import Purpose
 
 TOKEN = re.compile(r"(\d{1,15})-(\d{1,9})-[0-9a-z]{1,20}", re.ASCII)
 """slot - lease - anything that tells this attempt from others. A retry must send the same token."""
@@ -24,7 +28,8 @@ TOKEN = re.compile(r"(\d{1,15})-(\d{1,9})-[0-9a-z]{1,20}", re.ASCII)
 KEY = Annotated[str, Field(pattern=r"^[0-9]{1,15}-[0-9]{1,9}$")]
 """slot - lease"""
 Status = Literal["saved", "duplicate", "late", "refused"]
-"""duplicate: this token was recorded before. late: the task had gone to someone else; kept, not counted.
+"""duplicate: this token was recorded before. late: the task had gone to someone else, or the round
+was closed; kept, not counted.
 refused: the task was never shown to this annotator; nothing is kept."""
 
 
@@ -74,15 +79,16 @@ class Past:
     answers: Answers
 
 
-def record(x: Connection, me: int, labels: Sequence[Label]) -> list[Status]:
+def record(x: Connection, me: int, labels: Sequence[Label], secret: str) -> list[Status]:
     """Append the labels of annotator `me` and close their slots. One status for each label.
 
     Whatever round a label is of, it is kept there: a page may have been open since before another was served.
+    Tokens may be hidden with `secret` (annotate.keys).
 
     Raises DataError, and records none, where one does not answer its form.
     """
     forms = _forms(x, labels)
-    keys = [_split(label.token) for label in labels]
+    keys = [_split(plain(secret, label.token)) for label in labels]
     slots = {s for s, _ in keys}
     shown = {(r.slot_id, r.lease): r for r in x.execute(sql.SHOWN, {"slots": slots, "me": me})}
     revision = {r.slot_id: r.next for r in x.execute(sql.REVISIONS, {"slots": slots})}
@@ -117,32 +123,52 @@ def record(x: Connection, me: int, labels: Sequence[Label]) -> list[Status]:
 def claim(x: Connection, round_id: int, me: int, want: int) -> list[Shown]:
     """Up to `want` open tasks of annotator `me`, all with at least half a lease before them.
 
-    Those they hold already come first, then free ones, then those whose holder's lease has run out.
+    Those they hold already come first, then free ones, then those whose holder's lease has run out; checks
+    and repeats are among them as the rules of the round say. Nothing new where the round is paused, and
+    nothing at all where it is closed.
     """
     now = time.time()
-    lease, overlap, salt = x.execute(sql.ROUND, {"round": round_id}).one()
-    until = now + lease
-    mine = x.execute(sql.MINE, {"me": me, "round": round_id, "n": want}).all()
+    round_ = x.execute(sql.ROUND, {"round": round_id}).one()
+    if round_.state == "closed":
+        return []
+    have: extras.Parts = extras.parts(x, round_id) if round_.rules else {"label": round_id}
+    mine = x.execute(sql.MINE, {"me": me, "rounds": list(have.values()), "n": want}).all()
+    if any(row.lease_until < now + round_.lease / 2 for row in mine):
+        x.execute(sql.EXTEND, {"slots": [row.id for row in mine], "until": now + round_.lease})
+    taken: list[Next] = []
+    if len(mine) < want and round_.state == "open":
+        name = x.execute(sql.NAME, {"me": me}).scalar_one()
+        taken = _next(x, round_, have, me, name, want - len(mine), now)
+    if taken:
+        x.execute(sql.TAKE, [{"slot": row.id, "who": me, "until": now + round_.lease} for row in taken])
+        x.execute(sql.VIEW, [_view(row, me, name, round_.salt, now) for row in taken])
+    ids = [row.id for row in mine] + [row.id for row in taken]
+    return _show(x, x.execute(sql.OPEN, {"slots": ids}).all(), ids)
+
+
+def _next(
+    x: Connection, round_: Any, have: extras.Parts, me: int, name: str, room: int, now: float
+) -> list[Next]:
+    """The tasks that `me` gets next, `room` of them at most."""
+    plain_ones: list[Purpose] = ["label"] * room
+    kinds = extras.plan(x, round_, have, me, name, room) if round_.rules else plain_ones
+    wanted = len(kinds) if round_.rules is None else kinds.count("label") + 1
     found: dict[int, Any] = {}  # by task: a task has several free slots, and nobody may hold two of them
     for query in (sql.FREE, sql.EXPIRED):
-        if len(mine) + len(found) < want:
-            rows = x.execute(query, {"me": me, "round": round_id, "now": now, "n": want * overlap})
-            for row in rows:
+        if kinds and len(found) < wanted:
+            values = {"me": me, "round": have["label"], "now": now, "n": wanted * round_.overlap}
+            for row in x.execute(query, values):
                 found.setdefault(row.task_id, row)
-    taken = list(found.values())[: want - len(mine)]
-    if any(row.lease_until < now + lease / 2 for row in mine):
-        x.execute(sql.EXTEND, {"slots": [row.id for row in mine], "until": until})
-    if taken:
-        name = x.execute(sql.NAME, {"me": me}).scalar_one()
-        x.execute(sql.TAKE, [{"slot": row.id, "who": me, "until": until} for row in taken])
-        x.execute(sql.VIEW, [_view(row, me, name, salt, now) for row in taken])
-    ids = [row.id for row in (*mine, *taken)]
-    return _show(x, x.execute(sql.OPEN, {"slots": ids}).all(), ids)
+    rows = list(found.values())[:wanted]
+    if round_.rules is None:
+        return [Next(row.id, row.lease, row.key, row.response_ids) for row in rows]
+    return extras.hand_out(x, round_, have, me, name, kinds, rows)
 
 
 def history(x: Connection, round_id: int, me: int, limit: int) -> list[Past]:
     """The last tasks annotator `me` labelled, oldest first."""
-    rows = x.execute(sql.HISTORY, {"round": round_id, "me": me, "n": limit}).all()[::-1]
+    rounds = list(extras.parts(x, round_id).values())
+    rows = x.execute(sql.HISTORY, {"rounds": rounds, "me": me, "n": limit}).all()[::-1]
     shown = _show(x, rows, [row.slot_id for row in rows])
     return [
         Past(task, as_shown(row.preference, row.display_order), row.both_bad, _answers_as_shown(row))
@@ -153,7 +179,8 @@ def history(x: Connection, round_id: int, me: int, limit: int) -> list[Past]:
 def held(x: Connection, round_id: int, me: int, keys: Sequence[str]) -> list[Shown]:
     """Those of these tasks (`Shown.key`) that are annotator `me`'s, open or labelled."""
     slots = {int(key.split("-")[0]) for key in keys}
-    rows = x.execute(sql.HELD_BY, {"slots": slots, "round": round_id, "me": me}).all()
+    rounds = list(extras.parts(x, round_id).values())
+    rows = x.execute(sql.HELD_BY, {"slots": slots, "rounds": rounds, "me": me}).all()
     return [shown for shown in _show(x, rows, [row.slot_id for row in rows]) if shown.key in keys]
 
 
@@ -233,6 +260,6 @@ def _stored(answers: Answers) -> dict[str, Any] | None:
     return answers.model_dump(exclude_defaults=True) or None
 
 
-def _view(row: Any, me: int, name: str, salt: str, now: float) -> dict[str, Any]:
-    order = display_order(salt, row.key, name, len(row.response_ids))
+def _view(row: Next, me: int, name: str, salt: str, now: float) -> dict[str, Any]:
+    order = row.order or display_order(salt, row.key, name, len(row.response_ids))
     return {"slot_id": row.id, "lease": row.lease + 1, "annotator_id": me, "display_order": order, "at": now}

@@ -76,6 +76,8 @@ class Item(Row):
     completions: list[Text] = Field(min_length=1)
     policies: list[str] = []
     """Who wrote each completion; never sent to the browser."""
+    priority: float | None = Field(default=None, allow_inf_nan=False, exclude_if=lambda value: value is None)
+    """High is judged first, None last, ties by the draw. Not in the file where it is None."""
 
     @property
     def task(self) -> str:

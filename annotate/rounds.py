@@ -45,27 +45,57 @@ _RESPONSE = select(Response.id).where(
 
 
 def add_slots(
-    x: Connection, round_id: int, tasks: Mapping[str, int], overlap: int, names: Mapping[str, int], salt: str
+    x: Connection,
+    round_id: int,
+    tasks: Mapping[str, int],
+    overlap: int,
+    names: Mapping[str, int],
+    salt: str,
+    order: Mapping[str, float],
 ) -> None:
-    """Give each task its `overlap` slots, and make these, with all that are labelled, the ones that count."""
+    """Give each task its `overlap` slots, and make these, with all that are labelled, the ones that count.
+
+    `order` is that of `ranked`: what is not labelled yet is served in it.
+    """
+    columns = (Slot.id, Slot.task_id, Slot.number, Slot.state, Slot.priority)
     have = {
-        tuple(row) for row in x.execute(select(Slot.task_id, Slot.number).where(Slot.round_id == round_id))
+        (row.task_id, row.number): row for row in x.execute(select(*columns).where(Slot.round_id == round_id))
     }
-    rows = []
+    rows, moved = [], []
     for key, task in tasks.items():
         drawn = sorted(names, key=lambda who, key=key: draw(salt, "assign", key, who))  # type: ignore[misc]
         for number in range(overlap):
             reserved = names[drawn[number]] if drawn else None
-            if (task, number) not in have:
+            old = have.get((task, number))
+            if old is None:
                 row = {"task_id": task, "round_id": round_id, "number": number, "reserved_id": reserved}
-                rows.append({**row, "priority": draw(salt, "queue", key)})
+                rows.append({**row, "priority": order[key]})
+            elif old.state != "done" and old.priority != order[key]:
+                moved.append({"slot": old.id, "to": order[key]})
     if rows:
         x.execute(insert(Slot), rows)
+    if moved:
+        x.execute(_MOVE, moved)
     x.execute(update(Slot).where(Slot.round_id == round_id).values(active=False))
     if tasks:
         x.execute(_ACTIVATE, [{"task": task, "overlap": overlap} for task in tasks.values()])
 
 
+def ranked(items: Mapping[str, Item], salt: str) -> dict[str, float]:
+    """Task key -> number by which slots are served, highest first: the draw, plus the rank of a priority."""
+    given = sorted({item.priority for item in items.values() if item.priority is not None})
+    rank = {priority: place for place, priority in enumerate(given, 1)}
+    return {
+        key: draw(salt, "queue", key) + (0 if item.priority is None else rank[item.priority])
+        for key, item in items.items()
+    }
+
+
+_MOVE = (
+    update(Slot.__table__)  # type: ignore[arg-type]
+    .where(Slot.id == bindparam("slot"))
+    .values(priority=bindparam("to"))
+)
 _ACTIVATE = (
     update(Slot.__table__)  # type: ignore[arg-type]
     .where(Slot.task_id == bindparam("task"), or_(Slot.number < bindparam("overlap"), Slot.state == "done"))

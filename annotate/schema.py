@@ -42,6 +42,14 @@ UPGRADES = {
     3: (
         "ALTER TABLE annotators ADD COLUMN role VARCHAR DEFAULT 'annotator' NOT NULL "
         "CHECK (role in ('annotator', 'researcher'))",
+        "ALTER TABLE rounds ADD COLUMN state VARCHAR DEFAULT 'open' NOT NULL "
+        "CHECK (state in ('open', 'paused', 'closed'))",
+        "ALTER TABLE rounds ADD COLUMN rules JSON",
+        "ALTER TABLE rounds ADD COLUMN part_of INTEGER REFERENCES rounds (id)",
+        "ALTER TABLE rounds ADD COLUMN purpose VARCHAR DEFAULT 'label' NOT NULL "
+        "CHECK (purpose in ('label', 'check', 'repeat'))",
+        "ALTER TABLE tasks ADD COLUMN known JSON",
+        "CREATE UNIQUE INDEX rounds_parts ON rounds (part_of, purpose)",
         "UPDATE database SET version = 4",
     ),
 }
@@ -70,7 +78,18 @@ class Round(Base):
     """Seconds until someone else may take over a task that was shown and not answered."""
     salt: Mapped[str]
     """Decides the order of tasks and, with the annotator, the order of the completions shown."""
+    state: Mapped[str] = mapped_column(server_default="open")
+    """paused: hands out nothing, and takes what comes. closed: what comes is kept, and not counted."""
+    rules: Mapped[dict[str, Any] | None]
+    """annotate.rules.Rules; None: nothing but its tasks."""
+    part_of: Mapped[int | None] = mapped_column(ForeignKey("rounds.id"))
+    """The round among whose tasks those of this one are mixed: it holds that round's checks or repeats."""
+    purpose: Mapped[str] = mapped_column(server_default="label")
+    """annotate.rules.Purpose"""
     __table_args__ = (
+        CheckConstraint("state in ('open', 'paused', 'closed')"),
+        CheckConstraint("purpose in ('label', 'check', 'repeat')"),
+        Index("rounds_parts", "part_of", "purpose", unique=True),
         CheckConstraint("kind in ('person', 'model', 'simulated')"),
         CheckConstraint("overlap >= 1"),
     )
@@ -103,6 +122,8 @@ class Task(Base):
     """In canonical order."""
     policies: Mapped[list[Any]]
     """Who wrote each response when the task was first asked; never sent to a browser."""
+    known: Mapped[dict[str, Any] | None]
+    """Of a check: annotate.rules.Known. Its slots are made when it is asked, numbered by the annotator."""
     __table_args__ = (UniqueConstraint("round_id", "key"),)
 
 

@@ -17,20 +17,20 @@ from annotate.schema import (
 )
 
 _me, _round, _n = (bindparam(name, type_=Integer) for name in ("me", "round", "n"))
-_slots = bindparam("slots", type_=Integer, expanding=True)
+_slots, _rounds = (bindparam(name, type_=Integer, expanding=True) for name in ("slots", "rounds"))
 _other = aliased(Slot)
 _first = aliased(Judgement)
 
-ROUND = select(Round.lease, Round.overlap, Round.salt).where(Round.id == _round)
+ROUND = select(Round.lease, Round.overlap, Round.salt, Round.state, Round.rules).where(Round.id == _round)
 NAME = select(Annotator.name).where(Annotator.id == _me)
 MINE = (
     select(Slot.id, Slot.lease_until)
-    .where(Slot.annotator_id == _me, Slot.round_id == _round, Slot.state == "open", Slot.active)
+    .where(Slot.annotator_id == _me, Slot.round_id.in_(_rounds), Slot.state == "open", Slot.active)
     .order_by(Slot.priority.desc(), Slot.id)
     .limit(_n)
 )
 AVAILABLE = (
-    select(Slot.id, Slot.task_id, Slot.lease, Task.key, Task.response_ids)
+    select(Slot.id, Slot.task_id, Slot.lease, Slot.priority, Task.key, Task.response_ids)
     .join(Task, Task.id == Slot.task_id)
     .where(
         Slot.round_id == _round,
@@ -60,12 +60,15 @@ HELD = (
     .join(Prompt, Prompt.id == Task.prompt_id)
 )
 OPEN = HELD.where(Slot.id.in_(_slots))
-HELD_BY = OPEN.where(View.annotator_id == _me, Slot.round_id == _round)
+HELD_BY = OPEN.where(View.annotator_id == _me, Slot.round_id.in_(_rounds))
 TEXTS = select(Response.id, Response.text).where(Response.id.in_(bindparam("ids", expanding=True)))
 SHOWN = (
     select(View.slot_id, View.lease, View.display_order)
-    .add_columns(and_(Slot.lease == View.lease, Slot.annotator_id == _me).label("held"))
+    .add_columns(
+        and_(Slot.lease == View.lease, Slot.annotator_id == _me, Round.state != "closed").label("held")
+    )
     .join(Slot, Slot.id == View.slot_id)
+    .join(Round, Round.id == Slot.round_id)
     .where(View.slot_id.in_(_slots), View.annotator_id == _me)
 )
 REVISIONS = (
@@ -84,7 +87,7 @@ HISTORY = (
     HELD.add_columns(_last.preference, _last.both_bad, _last.answers)
     .join(_first, and_(_first.slot_id == Slot.id, _first.rev == 0))
     .join(_last, _last.slot_id == Slot.id)
-    .where(_first.annotator_id == _me, Slot.round_id == _round)
+    .where(_first.annotator_id == _me, Slot.round_id.in_(_rounds))
     .where(
         _last.rev
         == select(func.max(Judgement.rev))

@@ -20,11 +20,12 @@ from typing import NamedTuple
 from sqlalchemy import Connection, bindparam, delete, func, insert, or_, orm, select, update
 from sqlalchemy.exc import DatabaseError, IntegrityError
 
-from annotate import queue, rounds
+from annotate import extras, queue, rounds
 from annotate.engine import open_engine
 from annotate.form import Answers, Form
 from annotate.queue import Label, Past, Shown, Status
 from annotate.records import DataError, Item, Kind, Role
+from annotate.rules import Check, Rules
 from annotate.schema import (
     UPGRADES,
     VERSION,
@@ -125,12 +126,15 @@ class Store:
         reserve: Sequence[str] = (),
         salt: str = "",
         lease: float = LEASE,
+        checks: Sequence[Check] = (),
+        rules: Rules | None = None,
     ) -> int:
         """Make `items` what this round asks, and return the round's id.
 
         Tasks seen before keep their labels; tasks not listed are no longer handed out; raising `overlap` adds
         slots. With `reserve`, a task's slots belong to `overlap` of these annotators, drawn by (salt, task).
-        The order shown is drawn by (salt, task, annotator).
+        The order shown is drawn by (salt, task, annotator). High `Item.priority` is served first.
+        `checks` and repeats are mixed in by `rules`: no tasks of this round, nor their labels its own.
         """
         if reserve and overlap > len(reserve):
             raise DataError(f"overlap {overlap}, but {len(reserve)} annotators: at most one label each")
@@ -146,8 +150,10 @@ class Store:
             else:
                 round_id = int(found.id)
                 x.execute(update(Round).where(Round.id == round_id).values(overlap=overlap, lease=lease))
-            tasks = rounds.add_tasks(x, round_id, {item.task: item for item in items})
-            rounds.add_slots(x, round_id, tasks, overlap, names, salt)
+            asked = {item.task: item for item in items}
+            tasks = rounds.add_tasks(x, round_id, asked)
+            rounds.add_slots(x, round_id, tasks, overlap, names, salt, rounds.ranked(asked, salt))
+            extras.arrange(x, round_id, rules or Rules(), checks, len(tasks))
         return round_id
 
     def round(self, name: str) -> int | None:
@@ -164,7 +170,7 @@ class Store:
         the same tasks. A batch costs little more than one label.
         """
         with self._write() as x:
-            statuses = queue.record(x, annotator, labels) if labels else []
+            statuses = queue.record(x, annotator, labels, self.id) if labels else []
             shown = queue.claim(x, round_id, annotator, want) if want else []
         return statuses, shown
 

@@ -35,6 +35,8 @@ commands
                      --researcher    with --invite: NAME may also see how the round goes
                      --backup FILE   copy the labels there, and check the copy; people may be working
                      --check         look whether the label database is sound
+                     --pause         hand out nothing for now; --resume goes on
+                     --close         take no more labels; a run that waits for them goes on
   chat RUN         talk to a policy
 
   {stages}
@@ -194,9 +196,15 @@ def _annotate(argv: list[str], command: str) -> int:
     parser.add_argument("--researcher", action="store_true")
     parser.add_argument("--backup", metavar="FILE", type=Path)
     parser.add_argument("--check", action="store_true")
+    state = parser.add_mutually_exclusive_group()
+    for option, to in (("--pause", "paused"), ("--resume", "open"), ("--close", "closed")):
+        state.add_argument(option, dest="state", action="store_const", const=to)
     args = parser.parse_intermixed_args(argv)
-    from stages.people import annotate, care_for, invite
+    from stages.people import annotate, care_for, invite, set_round
 
+    if args.state:
+        print(set_round(args.config, args.overrides, args.state))
+        return 0
     if args.backup or args.check:
         return care_for(args.config, args.overrides, args.backup)
     if args.researcher and args.invite is None:

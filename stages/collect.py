@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 from pydantic import Field, model_validator
 
 from annotate.records import Item, Judgement, Kind, Record, ranked_pairs, write
+from annotate.rules import Qualify
 from stages.config import Items, NotInKey, Reads, StageConfig, UserError
 from stages.people import annotate, fitting, load_form, wait_for_people
 from stages.run import Run
@@ -37,6 +38,17 @@ GRADE_MIDDLE = 4
 """Less which grades 1 to 7 are -3 to 3, as preferences are: the measure of agreement sees only the order."""
 
 
+FOR_PEOPLE = {
+    "labels": "label every item",
+    "form": "compare two replies",
+    "checks": "need no checks",
+    "qualify": "need no checks",
+    "repeats": "say the same again",
+    "at_most": "label every item",
+}
+"""Setting -> what simulated annotators do instead."""
+
+
 class Config(StageConfig):
     items: Items
     annotators: Literal["simulated", "people"] = "simulated"
@@ -46,15 +58,25 @@ class Config(StageConfig):
     """How many annotators judge each item."""
     labels: int | None = Field(default=None, ge=1)
     """People only: how many verdicts to wait for; None waits until every item has `overlap` labels."""
+    checks: Annotated[str | None, Reads(""), NotInKey()] = None
+    """People only: a file of tasks whose answer is known, mixed among the others (annotate/README.md)."""
+    qualify: Annotated[Qualify | None, NotInKey()] = None
+    """People only: {checks: 5, right: 0.8}. The first 5 come before all else; 80 % right lets one go on."""
+    repeats: Annotated[float, Field(ge=0, le=0.5), NotInKey()] = 0
+    """People only: the share of someone's labels that they are asked for again, in the other order."""
+    at_most: Annotated[int | None, Field(ge=1), NotInKey()] = None
+    """People only: how many labels one person may give."""
     db: Annotated[str | None, NotInKey()] = None
     """URL of the label database; None: labels.db in the folder of runs."""
 
     @model_validator(mode="after")
     def _for_people_only(self) -> Self:
-        if self.labels is not None and self.annotators == "simulated":
-            raise ValueError("labels is for annotators=people; simulated ones label every item")
-        if self.form is not None and self.annotators == "simulated":
-            raise ValueError("form is for annotators=people; simulated ones compare two replies")
+        if self.annotators == "simulated":
+            for name, simulated in FOR_PEOPLE.items():
+                if getattr(self, name) != type(self).model_fields[name].default:
+                    raise ValueError(f"{name} is for annotators=people; simulated ones {simulated}")
+        if self.qualify is not None and self.checks is None:
+            raise ValueError("qualify needs checks, the file of tasks whose answer is known")
         return self
 
 
@@ -68,7 +90,8 @@ def main(config: Config, run: Run) -> None:
     if kind == "simulated":
         round_id = simulate(store, items, config.overlap, run)
     else:
-        round_id = wait_for_people(store, items, config.form, config.overlap, config.labels, run)
+        round_id = wait_for_people(store, items, config, form, run)
+        run.record(**quality(store, round_id))
 
     labels = [label for label in store.labels(round_id) if label.task in items]
     judgements = snapshot(items, labels, kind, run.stage)
@@ -122,7 +145,7 @@ def snapshot(
     """Rows sorted by task and annotator, without times: the same labels give the same bytes."""
     return [
         Judgement(
-            **items[label.task].model_dump(exclude={"policies"}),
+            **items[label.task].model_dump(exclude={"policies", "priority"}),
             annotator=label.annotator,
             kind=kind,
             round=name,
@@ -142,7 +165,7 @@ def edits(
         edit, item = label.answers.edit, items[label.task]
         if edit is None or edit.text == item.completions[edit.of]:
             continue
-        shared = item.model_dump(exclude={"policies", "completions", "use"})
+        shared = item.model_dump(exclude={"policies", "priority", "completions", "use"})
         demonstrations.append(Record(**shared, use="sft", completion=edit.text))
         texts = [edit.text, item.completions[edit.of]]
         who: dict[str, Any] = {"annotator": label.annotator, "kind": kind, "round": name}
@@ -183,6 +206,27 @@ def measures(labels: Sequence["Current"]) -> dict[str, Any]:
         ("first_shown_wins", first_shown_wins(shown)),
     ):
         found |= _with_interval(name, estimate)
+    return found
+
+
+def quality(store: "Store", round_id: int) -> dict[str, Any]:
+    """What the manifest says of checks and repeats, by annotator and in all; nothing where there are none."""
+    from annotate.quality import accuracy, consistency, lean, repeated, share_right
+
+    found: dict[str, Any] = {}
+    if answers := accuracy(store, round_id):
+        found["checks_by"] = {
+            name: {"right": sum(a.right for a in answers if a.annotator == name), "of": count}
+            for name, count in sorted(Counter(a.annotator for a in answers).items())
+        }
+        found |= _with_interval("check_accuracy", share_right(answers))
+    if pairs := repeated(store, round_id):
+        found["repeats_by"] = {
+            name: {"alike": sum(p.alike for p in pairs if p.annotator == name), "of": count}
+            for name, count in sorted(Counter(p.annotator for p in pairs).items())
+        }
+        found |= _with_interval("self_consistency", consistency(pairs))
+        found |= _with_interval("repeats_first_shown_wins", lean(pairs))
     return found
 
 

@@ -51,6 +51,14 @@ class NotInKey:
 
 
 @dataclass(frozen=True)
+class InKeyIfSet:
+    """Marks a setting that came later than others: at its default it is left out of the run key.
+
+    So the runs from before it keep theirs. The default must leave the outputs as they were.
+    """
+
+
+@dataclass(frozen=True)
 class KeysOf:
     """Marks a block handed on to a library's dataclass ("trl.SFTConfig"): only its field names are allowed.
 
@@ -201,15 +209,25 @@ def _validate(
         loc = _own_part(first["loc"], values)
         field = ".".join([stage, *map(str, loc)])
         if first["type"] == "extra_forbidden":
-            problem = f"unknown setting; {suggest(str(loc[-1]), config.model_fields)}"
+            problem = f"unknown setting; {suggest(str(loc[-1]), _block(config, loc[:-1]).model_fields)}"
         elif first["type"] == "missing":
             problem = "is missing and has no default"
+            field = ".".join([stage, *map(str, first["loc"])])
         else:  # one message for each side of a union
             reasons = dict.fromkeys(e["msg"] for e in found if _own_part(e["loc"], values) == loc)
             problem = " or ".join(reason.removeprefix("Value error, ") for reason in reasons)
             problem = problem.replace(" or Input should be", " or") + f", not {first['input']!r}" * bool(loc)
         where = "command line" if any(f"{field}.".startswith(f"{c}.") for c in changed) else str(path)
         raise SettingsError(f"{where}: {field}: {' '.join(problem.split())}") from None
+
+
+def _block(config: type[BaseModel], loc: Sequence[str | int]) -> type[BaseModel]:
+    """The model of the settings at `loc`: the stage's own, or that of a block in it."""
+    for name in loc:
+        annotation = config.model_fields[str(name)].annotation
+        inner = [kind for kind in (annotation, *get_args(annotation)) if hasattr(kind, "model_fields")]
+        config = inner[0] if inner else config
+    return config
 
 
 def _own_part(loc: Sequence[str | int], values: Any) -> tuple[str | int, ...]:

@@ -14,12 +14,14 @@ from pydantic import ValidationError
 
 from annotate.form import Form
 from annotate.records import Item, Role, read
+from annotate.rules import Check, Rules
 from stages import yamlfile
 from stages.config import Experiment, UserError, load
 from stages.errors import SettingsError
 from stages.run import Run, load_manifest, runs_root
 
 if TYPE_CHECKING:
+    from annotate.quality import State
     from annotate.store import Store
 
 PORT = 7860
@@ -46,6 +48,7 @@ def annotate(
     from annotate.app import serve
     from annotate.blinding import giveaways
     from annotate.entry import public_url
+    from annotate.quality import state
     from annotate.store import Store
 
     url = public_url(url) if url else None
@@ -53,9 +56,10 @@ def annotate(
         if found.serious:
             print(f"warning: {found}", flush=True)
     store = Store(config.db)
-    round_id = open_round(
-        store, items, round_name(experiment.name, stage, seed, config.form), seed, config.overlap
-    )
+    named = round_name(experiment.name, stage, seed, config.form)
+    round_id = open_round(store, items, named, seed, config, form)
+    if (now := state(store, round_id)) != "open":
+        print(f"warning: the round is {now}: `prefloop annotate {config_path} --resume` opens it", flush=True)
     serve(store, round_id, experiment.name, name, port, url, _guidelines(Path(config_path)), form)
 
 
@@ -139,31 +143,77 @@ def round_name(experiment: str, stage: str, seed: int, form: str | None) -> str:
     return f"{experiment}/{stage}/people-{seed}" + (f"-{Path(form).stem}" if form else "")
 
 
-def open_round(store: "Store", items: Mapping[str, Item], name: str, seed: int, overlap: int) -> int:
-    return store.open_round(name, list(items.values()), overlap=overlap, salt=str(seed))
+def load_checks(path: str, form: Form) -> list[Check]:
+    """The checks of a file. UserError where one of them is none for this form, or stands there twice."""
+    checks = read(path, Check)
+    seen: dict[str, int] = {}
+    for number, check in enumerate(checks, 1):
+        if wrong := check.misfit(form):
+            raise UserError(f"{path}, check {number}: {wrong}")
+        if check.task in seen:
+            raise UserError(f"{path}, check {number}: the same as check {seen[check.task]}")
+        seen[check.task] = number
+    if not checks:
+        raise UserError(f"{path}: no checks in it; leave the setting `checks` out")
+    return checks
 
 
-def wait_for_people(
-    store: "Store", items: Mapping[str, Item], form: str | None, overlap: int, wanted: int | None, run: Run
+def open_round(
+    store: "Store", items: Mapping[str, Item], name: str, seed: int, config: Any, form: Form
 ) -> int:
-    """Open people's round and return its id when `wanted` verdicts are there (None: every slot is labelled).
+    """Open people's round by the settings of a stage of kind collect."""
+    checks = load_checks(config.checks, form) if config.checks else []
+    if config.qualify and config.qualify.checks > len(checks):
+        raise UserError(
+            f"{config.checks}: {len(checks)} checks, and qualify asks for {config.qualify.checks}"
+        )
+    rules = Rules(qualify=config.qualify, repeats=config.repeats, at_most=config.at_most)
+    return store.open_round(
+        name, list(items.values()), overlap=config.overlap, salt=str(seed), checks=checks, rules=rules
+    )
 
-    Leave with Ctrl-C and come back at any time; whoever labels in between is counted.
+
+def set_round(config_path: str | Path, overrides: Sequence[str], state: "State") -> str:
+    """Pause, close or open again people's round, and say so in a line. UserError where there is none yet."""
+    experiment, stage, config = _collecting(config_path, overrides)
+    seed = experiment.seed if config.seed is None else config.seed
+
+    from annotate.quality import set_state
+    from annotate.store import Store
+
+    name, store = round_name(experiment.name, stage, seed, config.form), Store(config.db)
+    round_id = store.round(name)
+    if round_id is None:
+        raise UserError(f"no round {name} yet: `prefloop annotate {config_path}` opens it")
+    set_state(store, round_id, state)
+    progress = store.progress(round_id)
+    return f"{name}: {state}, {progress.done} of {progress.asked} labels are there"
+
+
+def wait_for_people(store: "Store", items: Mapping[str, Item], config: Any, form: Form, run: Run) -> int:
+    """Open people's round and return its id when `config.labels` verdicts are there (None: in every slot).
+
+    Leave with Ctrl-C and come back at any time; whoever labels in between is counted. A round that is closed
+    is not waited for.
     """
-    name = round_name(run.experiment, run.stage, run.seed, form)
-    round_id = open_round(store, items, name, run.seed, overlap)
-    have, missing = count(store, round_id, items, wanted)
+    from annotate.quality import state
+
+    name = round_name(run.experiment, run.stage, run.seed, config.form)
+    round_id = open_round(store, items, name, run.seed, config, form)
+    have, missing = count(store, round_id, items, config.labels)
     if missing:
         run.say(f"{missing} labels missing: open the page with `prefloop annotate CONFIG` or `make annotate`")
         run.say("Ctrl-C leaves; every label is kept, and the same command waits for the rest")
     with run.progress("labels by people", total=have + missing, unit="labels") as bar:
         bar.advance(have, missing=missing)
-        while missing:
+        while missing and state(store, round_id) != "closed":
             time.sleep(1)
             before = have
-            have, missing = count(store, round_id, items, wanted)
+            have, missing = count(store, round_id, items, config.labels)
             if have != before:
                 bar.advance(have - before, missing=missing)
+    if missing:
+        run.say(f"the round is closed: on with {have} labels (`prefloop annotate CONFIG --resume` opens it)")
     return round_id
 
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from stages.config import Experiment, NotInKey, StageConfig, module, swap
+from stages.config import Experiment, InKeyIfSet, NotInKey, StageConfig, module, swap
 from stages.digests import Digests
 from stages.errors import SettingsError, UserError
 from stages.inputs import find
@@ -175,7 +175,10 @@ def run_key(kind: str, config: StageConfig, inputs: dict[str, Input]) -> str:
     digests = {name: item.digest for name, item in inputs.items()}
     settings = resolved(config, digests).model_dump(mode="json")
     for name, info in type(config).model_fields.items():
-        if any(isinstance(mark, NotInKey) for mark in info.metadata):
+        unset = getattr(config, name) == info.default
+        if any(
+            isinstance(mark, NotInKey) or (unset and isinstance(mark, InKeyIfSet)) for mark in info.metadata
+        ):
             del settings[name]
     content = {"kind": kind, "version": module(kind).VERSION, "settings": settings}
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

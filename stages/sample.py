@@ -4,15 +4,17 @@
 
 Reads    policy             the model that answers
          prompts            records; those of use `preference` are answered
+         reward             a reward model, of a round before: the items it is least sure about come first
 Writes   completions.jsonl  every reply with its token ids and log-probabilities
          items.jsonl        a prompt and its distinct replies, to judge
 """
 
 from collections.abc import Sequence
 from itertools import groupby
+from typing import Annotated
 
 from annotate.records import Completion, Item, Record, read, write
-from stages.config import Model, Records, StageConfig, UserError
+from stages.config import InKeyIfSet, Model, Reads, Records, StageConfig, UserError
 from stages.run import Run
 
 VERSION = 1
@@ -28,12 +30,15 @@ class Config(StageConfig):
     completions: int = 2
     max_new_tokens: int = 96
     temperature: float = 1.0
+    reward: Annotated[str | None, Reads("model"), InKeyIfSet()] = None
+    """A reward model. People then judge first the items whose replies it scores most alike; None: by draw."""
 
 
 def main(config: Config, run: Run) -> None:
     from reward.model import load_policy
     from reward.sampler import Sampler
     from reward.tokens import prompt_ids
+    from stages.measures import score_items
 
     records = choose(read(config.prompts, Record), config)
     model, tokenizer = load_policy(config.policy)
@@ -56,6 +61,9 @@ def main(config: Config, run: Run) -> None:
         for (record, _), sample in zip(jobs, samples, strict=True)
     ]
     items = to_items(completions)
+    if config.reward is not None:
+        del model, sampler  # one model at a time is in memory
+        items = prioritised(items, score_items(config.reward, items))
     write(run.output("completions.jsonl"), completions)
     write(run.output("items.jsonl"), items)
     run.record(
@@ -86,6 +94,18 @@ def to_items(completions: Sequence[Completion]) -> list[Item]:
             shared = replies[0].model_dump(include={"id", "split", "use", "prompt", "facts"})
             items.append(Item(**shared, completions=distinct, policies=[replies[0].policy] * len(distinct)))
     return items
+
+
+def prioritised(items: Sequence[Item], scores: Sequence[Sequence[float]]) -> list[Item]:
+    """The items with minus the spread of their completions' scores as priority: the least sure comes first.
+
+    Of two completions the spread is the difference of scores, whose logistic is the model's own probability
+    that one is preferred to the other: nearest to one half where the difference is smallest.
+    """
+    return [
+        item.model_copy(update={"priority": min(of_item) - max(of_item)})
+        for item, of_item in zip(items, scores, strict=True)
+    ]
 
 
 if __name__ == "__main__":

@@ -50,10 +50,18 @@ def chromium() -> Iterator[Browser]:
 class Served:
     """A database and the page on it, in a process that can be killed and started again on its port."""
 
-    def __init__(self, folder: Path, items: Iterable[Item], overlap: int = 20, **options: Any):
+    def __init__(
+        self,
+        folder: Path,
+        items: Iterable[Item],
+        overlap: int = 20,
+        extras: dict[str, Any] | None = None,
+        **options: Any,
+    ):
+        """`extras`: checks and rules of the round. `options` are those of `annotate.app.serve`."""
         self.items = {item.task: item for item in items}
         self.store = Store(f"sqlite:///{folder}/labels.db")
-        self.round = self.store.open_round("r", list(self.items.values()), overlap=overlap)
+        self.round = self.store.open_round("r", list(self.items.values()), overlap=overlap, **extras or {})
         self.log = folder / "server.log"
         self.options = {"port": 0} | options
         self.start()

@@ -7,6 +7,7 @@ import pytest
 from axe_playwright_python.base import AXE_SCRIPT
 from playwright.sync_api import Browser, Page
 
+from annotate.rules import Check, Qualify, Rules
 from stages import yamlfile
 from tests.desk import Desk, Served, chromium
 from tests.test_app import item
@@ -77,6 +78,28 @@ def test_no_form_has_a_serious_fault(browser: Browser, tmp_path: Path, name: str
     assert faults(desk.page) == []
     desk.press("n")
     assert desk.page.query_selector("dialog.more[open]")
+    assert faults(desk.page) == []
+    context.close()
+    served.kill()
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_feedback_and_an_empty_page_have_no_serious_fault(
+    browser: Browser, tmp_path: Path, scheme: str
+) -> None:
+    texts = item(0).model_dump(include={"prompt", "completions"})
+    check = Check(**texts, better=0, feedback="The first reply names the price.")
+    rules = Rules(qualify=Qualify(checks=1, right=1), at_most=1)
+    served = Served(tmp_path, [item(n) for n in range(1, 5)], extras={"checks": [check], "rules": rules})
+    context = browser.new_context(viewport={"width": 1200, "height": 800}, color_scheme=scheme)
+    desk = Desk(context, served, "ann")
+    desk.press("2" if desk.shown()[0] == check.completions[0] else "6")
+    desk.page.wait_for_selector("dialog.checked[open]")
+    assert "That was right" in desk.page.inner_text(".checked") and faults(desk.page) == []
+    desk.page.screenshot(path=tmp_path / "checked.png")
+    desk.page.keyboard.press("Enter")
+    desk.press("2")
+    desk.page.wait_for_function("document.querySelector('.empty').textContent.includes('as much as one')")
     assert faults(desk.page) == []
     context.close()
     served.kill()

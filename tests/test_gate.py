@@ -11,6 +11,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from annotate.gate import LARGEST, cookie_name
+from annotate.keys import FIRST
+from annotate.rules import Check, Rules
 from annotate.store import Store
 from tests.test_app import Browser, Server, item
 
@@ -27,7 +29,11 @@ JSON = st.recursive(
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     server = Server(f"sqlite:///{tmp_path_factory.mktemp('gate')}/labels.db")
-    Store(server.url).open_round("r", [item(n) for n in range(50)])
+    checks = [
+        Check(prompt=i.prompt, completions=i.completions, better=n % 2, feedback="so")
+        for n, i in enumerate(map(item, range(50, 60)))
+    ]
+    Store(server.url).open_round("r", [item(n) for n in range(50)], checks=checks, rules=Rules(repeats=0.5))
     server.start()
     yield server
     server.kill()
@@ -47,7 +53,8 @@ def near(**fields: st.SearchStrategy[Any]) -> st.SearchStrategy[dict[str, Any]]:
 
 
 LABEL = near(
-    token=st.from_regex(r"\d{1,3}-[0-3]-[0-9a-z]{1,20}", fullmatch=True),
+    token=st.from_regex(r"\d{1,3}-[0-3]-[0-9a-z]{1,20}", fullmatch=True)
+    | st.integers(FIRST, FIRST + 2**46 - 1).map("{}-1-a".format),
     preference=st.integers(-4, 4) | st.none(),
     reason=st.text(ANY, max_size=2100) | st.none(),
     client_ms=st.integers(-1, 10**11),
@@ -80,6 +87,7 @@ def test_a_step_of_any_form_is_answered(ann: Browser, argument: object) -> None:
 @settings(max_examples=50)
 @given(near(keys=st.lists(st.from_regex(r"\d{1,3}-\d{1,3}", fullmatch=True) | JSON, max_size=12)) | JSON)
 @example({"keys": ["999999999999999-999999999"]})
+@example({"keys": [f"{FIRST}-1", f"{FIRST + 2**46 - 1}-1", f"{FIRST + 2**46}-1"]})
 def test_markdown_of_any_form_is_answered(ann: Browser, argument: object) -> None:
     status, answer = ann.call("markdown", argument)
     assert status == 400 or answer.keys() in ({"error"}, {"ok", "html"})

@@ -3,12 +3,14 @@
 import http.server
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from playwright.sync_api import Browser, BrowserContext
 from pydantic import ValidationError
 
 from annotate.records import Item, Message, prompt_id
+from annotate.rules import Check, Qualify, Rules
 from tests.desk import Desk, Served, chromium
 from tests.hostile import AWAY, OUTPUTS
 
@@ -78,6 +80,29 @@ def test_hostile_outputs_are_shown_exactly_run_nothing_load_nothing_and_cover_no
     assert desk.page.evaluate("window.hacked") is None
     assert [url for url in desk.requests if not url.startswith((served.home, "data:"))] == []
     assert desk.faults == [] and desk.page.url == f"{served.home}/label/"
+
+
+def test_feedback_to_checks_is_shown_exactly_and_runs_nothing(
+    context: BrowserContext, tmp_path: Path
+) -> None:
+    texts = list(OUTPUTS.values())[::12]
+    checks = [
+        Check(prompt=i.prompt, completions=i.completions, better=0, feedback=text)
+        for i, text in zip(items(), texts, strict=False)
+    ]
+    rules = Rules(qualify=Qualify(checks=len(checks), right=0.01))
+    served = Served(tmp_path, items(), extras={"checks": checks, "rules": rules})
+    desk = Desk(context, served, "ann")
+    for check in checks:
+        desk.press("1")
+        desk.page.wait_for_selector(".checked", state="visible")
+        assert desk.page.text_content(".checked .because") == check.feedback
+        assert desk.page.query_selector_all(f".checked p {ACTIVE}") == []
+        desk.page.click(".checked button", timeout=5000)  # playwright clicks only what nothing covers
+        desk.page.wait_for_selector(".checked", state="hidden")
+    assert desk.page.evaluate("window.hacked") is None and desk.faults == []
+    assert [url for url in desk.requests if not url.startswith((served.home, "data:"))] == []
+    served.kill()
 
 
 def test_a_text_that_is_not_unicode_never_becomes_an_item() -> None:

@@ -7,8 +7,11 @@ from reward.batch import Example
 from reward.model import load_policy
 from reward.tokens import logprobs, prompt_ids
 from stages import sample
-from stages.config import UserError
+from stages.config import UserError, load
+from stages.errors import SettingsError
 from stages.manifest import Input
+from stages.measures import score_items
+from stages.plan import run_key
 from tests import tiny
 
 
@@ -100,3 +103,58 @@ def test_a_prompt_too_long_is_named(tmp_path, policy):
     long = [record.prompt[0].model_copy(update={"content": "word " * 200})]
     with pytest.raises(ValueError, match=record.id):
         stage(tmp_path, policy, [record.model_copy(update={"prompt": long})])
+
+
+def test_a_reward_model_puts_first_what_it_is_least_sure_about(tmp_path, policy):
+    from reward.model import new_reward_model, save
+
+    model, tokenizer = new_reward_model(policy)
+    save(model, tokenizer, tmp_path / "reward")
+    run = stage(tmp_path, policy, rows(), completions=3, reward=str(tmp_path / "reward"))
+    plain = stage(tmp_path / "plain", policy, rows(), completions=3)
+    items, without = (read(r.path / "items.jsonl", Item) for r in (run, plain))
+    assert [item.model_copy(update={"priority": None}) for item in items] == without
+    scores = score_items(str(tmp_path / "reward"), items)
+    assert [item.priority for item in items] == [min(of_item) - max(of_item) for of_item in scores]
+    assert len({item.priority for item in items}) > 1 and all(item.priority <= 0 for item in items)
+    assert (
+        b"priority" not in (plain.path / "items.jsonl").read_bytes()
+    )  # the bytes from before there were any
+
+
+def test_the_least_spread_of_scores_has_the_highest_priority():
+    [first, *_] = [
+        Item(id="a", split="train", use="preference", prompt=tiny.records(1)[0].prompt, completions=["a"])
+    ]
+    scored = sample.prioritised([first] * 3, [[1.0, 3.0], [0.5, 0.0], [2.0, 2.5, 5.0]])
+    assert [item.priority for item in scored] == [-2.0, -0.5, -3.0]
+
+
+def test_the_keys_of_runs_without_a_reward_model_stay(policy):
+    inputs = {
+        name: Input(ref=name, path=name, digest=digest)
+        for name, digest in (("policy", "abc"), ("prompts", "def"))
+    }
+    config = sample.Config(policy="sft", prompts="prepare", seed=0)
+    key = run_key("sample", config, inputs)
+    assert (
+        key == "889d916fd5dadd47b975066f95539e0274da9ba66df0d7a4a24f395773d4a8b9"
+    )  # before there was `reward`
+    scored = config.model_copy(update={"reward": "rm"})
+    reward = Input(ref="rm", path="rm", digest="ghi")
+    assert run_key("sample", scored, inputs | {"reward": reward}) != key
+
+
+def test_a_second_round_reads_the_reward_model_of_the_first(tmp_path):
+    (tmp_path / "two.yaml").write_text("""
+name: two
+stages:
+  prepare: {data: helpdesk}
+  sample: {policy: some-model, prompts: prepare}
+  collect: {items: sample}
+  rm: {policy: some-model, judgements: collect}
+  sample-2: {stage: sample, policy: some-model, prompts: prepare, reward: rm}
+""")
+    assert load(tmp_path / "two.yaml").uses("sample-2") == ["prepare", "rm"]
+    with pytest.raises(SettingsError, match="in a circle"):
+        load(tmp_path / "two.yaml", ["sample.reward=rm"])

@@ -12,9 +12,11 @@ from pathlib import Path
 import pytest
 from sqlalchemy import text
 
+from annotate.care import check
 from annotate.form import Answers
 from annotate.queue import Label, Past, Shown
 from annotate.records import DataError, Item, Message, prompt_id
+from annotate.rules import Check, Rules
 from annotate.store import Store
 
 
@@ -142,6 +144,12 @@ create table annotators (id INTEGER not null primary key, name VARCHAR not null,
 insert into annotators values (1, 'ann', 'person');
 create trigger judgements_no_update before update on judgements begin select raise(abort, 'append-only'); end;
 insert into judgements values (1, 1, 1, 1, 0, '1-1-0', 0, null, 900, 0.0);
+create table rounds (id integer not null primary key, name VARCHAR not null unique, kind VARCHAR not null,
+  overlap integer not null, lease DOUBLE not null, salt VARCHAR not null);
+insert into rounds values (1, 'r', 'person', 1, 1800.0, '');
+create table tasks (id integer not null primary key, round_id integer not null, key VARCHAR not null,
+  prompt_id VARCHAR not null, response_ids JSON not null, policies JSON not null);
+insert into tasks values (1, 1, 'key', 'prompt', '[1, 2]', '[]');
 """
 
 
@@ -156,10 +164,32 @@ def test_a_database_of_the_first_version_is_brought_here_with_its_labels(url: st
     new = Store(f"sqlite:///{tmp_path}/new.db")
     table_info = "(select * from pragma_table_info('{}') order by name)"
     columns = f"select group_concat(name || type || [notnull]) from {table_info}"
-    for table in ("judgements", "guidelines", "invitations", "annotators"):
+    assert counts(store, "select count(*) from tasks where known is null") == 1
+    assert counts(store, "select count(*) from rounds where state = 'open' and part_of is null") == 1
+    for table in ("judgements", "guidelines", "invitations", "rounds", "tasks", "annotators"):
         with store._read() as x, new._read() as y:
             query = text(columns.format(table))
             assert x.execute(query).scalar_one() == y.execute(query).scalar_one()
+
+
+def test_a_database_of_version_3_opens_with_all_its_labels_and_work_goes_on(url: str) -> None:
+    with sqlite3.connect(url.removeprefix("sqlite:///")) as x:
+        x.executescript(Path("tests/goldens/labels-3.sql").read_text())
+    store = Store(url)
+    found = [(label.task, label.annotator, label.preference) for label in store.labels(1)]
+    one, two = "3cb7fe48317b760e", "920a1a87be4ce840"
+    assert found == [(one, "ann", -1), (one, "bob", 0), (two, "ann", None)]
+    assert counts(store, "select count(*) from judgements") == 4
+    rules = Rules(repeats=0.5, at_most=9)
+    checks = [Check(**item(9).model_dump(include={"prompt", "completions"}), better=0)]
+    assert store.open_round("r", ITEMS[:3], overlap=2, checks=checks, rules=rules) == 1
+    ann, got = store.annotator("ann"), []
+    while views := store.step(1, ann, want=4)[1]:
+        got.append(views[0].messages[0]["content"])
+        assert store.step(1, ann, [label(views[0])])[0] == ["saved"]
+    assert len(got) == 2 and "question 9" in got
+    assert (store.progress(1).asked, store.progress(1).done) == (6, 4)
+    assert check(url)[1] == []
 
 
 def test_each_task_gets_exactly_overlap_labels_from_different_people(store: Store) -> None:
@@ -206,6 +236,43 @@ def test_work_survives_another_list_of_items(store: Store) -> None:
 
     store.open_round("r", ITEMS[:10], overlap=2)
     assert (store.progress(round_id).asked, store.progress(round_id).done) == (20, 5)
+
+
+def with_priorities(priorities: dict[int, float]) -> list[Item]:
+    return [i.model_copy(update={"priority": priorities.get(n)}) for n, i in enumerate(ITEMS)]
+
+
+def order(store: Store, round_id: int, who: str) -> list[int]:
+    """Numbers of the items in the order in which `who` gets them, four at a time."""
+    me, got = store.annotator(who), []
+    while views := store.step(round_id, me, want=4)[1]:
+        got.append(ITEMS.index(TASKS[views[0].task]))
+        store.step(round_id, me, [label(views[0])])
+    return got
+
+
+def test_high_priority_is_served_first_and_the_draw_decides_the_rest(store: Store) -> None:
+    plain = order(store, store.open_round("plain", ITEMS, salt="7"), "ann")
+    given = {3: -0.5, 4: 8.0, 5: -0.5, 6: 1e300, 7: 8.0}
+    mixed = order(store, store.open_round("r", with_priorities(given), salt="7"), "ann")
+    drawn = [n for n in plain if n not in given]
+    ties = [[n for n in plain if given.get(n) == value] for value in (1e300, 8.0, -0.5)]
+    assert mixed == [*ties[0], *ties[1], *ties[2], *drawn]
+
+
+def test_reopening_with_other_priorities_moves_what_is_not_labelled(store: Store) -> None:
+    round_id, ann, bob = store.open_round("r", ITEMS), store.annotator("ann"), store.annotator("bob")
+    done, held = (store.step(round_id, who, want=1)[1][0] for who in (ann, bob))
+    store.step(round_id, ann, [label(done)])
+    before = counts(store, "select count(*) from slots where priority >= 1")
+    store.open_round("r", with_priorities({n: n + 1.0 for n in range(30)}))
+    after = counts(store, "select count(*) from slots where priority >= 1")
+    assert (before, after) == (0, 29)  # not the one that is done
+    skip = [ITEMS.index(TASKS[view.task]) for view in (done, held)]
+    assert order(store, round_id, "ann") == [n for n in range(29, -1, -1) if n not in skip]
+    assert store.step(round_id, bob, want=1)[1] == [held]
+    store.open_round("r", ITEMS)  # back to the draw
+    assert counts(store, "select count(*) from slots where priority >= 1 and state <> 'done'") == 0
 
 
 def test_an_expired_lease_is_taken_over_and_the_late_label_is_kept_uncounted(store: Store) -> None:

@@ -74,6 +74,8 @@ skipping.addEventListener('close', () => {
   if (act === 'skip') judge({ reason: why || skipping.querySelector('input').value.trim() });
 });
 reading.addEventListener('close', haveRead);
+checked.addEventListener('close', () => { shownAt = performance.now(); });
+element.querySelectorAll('dialog').forEach((dialog) => dialog.addEventListener('close', tell));
 more.addEventListener('close', readMore);
 more.querySelector('select').addEventListener('change', startEdit);
 more.addEventListener('keydown', (event) => {

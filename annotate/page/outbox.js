@@ -62,7 +62,9 @@ async function send() {
 
 function settle(labels, reply) {
   const uncounted = reply.statuses.filter((status) => status === 'late' || status === 'refused').length;
-  if (uncounted) notice = `${uncounted} not counted: someone else had taken the pair`;
+  standing = reply.standing || 'open';
+  const why = standing === 'closed' ? 'the round was closed' : 'someone else had taken the pair';
+  if (uncounted) notice = `${uncounted} not counted: ${why}`;
   const sent = new Set(labels.map((label) => label.token));
   unsent = unsent.filter((label) => !sent.has(label.token));
   sent.forEach((token) => {
@@ -73,14 +75,33 @@ function settle(labels, reply) {
   const judged = new Set([...past.map((it) => it.key), ...unsent.map((label) => pair(label.token))]);
   const stale = reply.served !== served; // the server was started again, for something else
   const open = stale ? [] : reply.tasks.filter((it) => !judged.has(it.key));
+  if (standing === 'closed' && current) {
+    current = null;
+    if (at === null) show();
+  }
   if (!current && open.length) {
     current = open[0];
     if (at === null) show();
   }
   reserve = open.filter((it) => it.key !== current.key);
   if (stage.dataset.format === 'markdown') ask();
+  told.push(...(reply.feedback || []));
+  tell();
   const idle = !unsent.length && !$('dialog[open]');
   if (stale && idle) location.reload();
+}
+
+// What the answer to a task should have been, where the round's checks say so; not over another dialog.
+function tell() {
+  if (!told.length || $('dialog[open]')) return;
+  const { token, right, text } = told.shift();
+  const it = past.find((other) => other.key === pair(token));
+  const asked = it && it.messages.length ? it.messages[it.messages.length - 1].content : '';
+  checked.querySelector('h2').textContent = right ? 'That was right' : 'That was not right';
+  checked.querySelector('.asked').textContent = asked.length > 200 ? `${asked.slice(0, 200)} ...` : asked;
+  checked.querySelector('.said').textContent = it ? `You said: ${verdict(it)}.` : '';
+  checked.querySelector('.because').textContent = text;
+  checked.showModal();
 }
 
 // Gradio's client turns a lost connection into undefined: only an answer of ours counts as one.

@@ -8,12 +8,20 @@
 
 const $ = (selector) => element.querySelector(selector);
 const stage = $('.stage');
-const [help, skipping, reading, more] = [$('.help'), $('.skip-why'), $('.guidelines'), $('.more')];
+const [help, skipping, reading, more, checked] = [$('.help'), $('.skip-why'), $('.guidelines'), $('.more'), $('.checked')];
 const bothBad = $('.both-bad');
 const WANT = 4; // pairs held: one on the screen, three in reserve
 const BATCH = 20; // labels in one message, of no more than LARGEST characters unless it is a single one
 const LARGEST = 40000;
 const BOUNCE = 150; // ms: a key so soon after a label is the bounce of the last press, for nobody reads that fast
+
+const NOTHING = {
+  open: 'Nothing left to judge for now. Thank you! New ones will show up here by themselves.',
+  paused: 'Paused for now; your labels are saved. It will go on here by itself.',
+  closed: 'This round is closed, and your labels are saved. Thank you!',
+  unqualified: 'Thank you for trying. Too few of these first answers were the expected ones, so this round has no more for you.',
+  finished: 'You have done as much as one person may in this round. Thank you!',
+};
 
 let prefix = ''; // of this person's labels in localStorage: database, annotator
 let round = 0;
@@ -31,6 +39,8 @@ let judgedAt = -BOUNCE;
 let failures = 0;
 let trouble = ''; // why labels are not arriving
 let notice = ''; // what became of labels that do not count
+let standing = 'open'; // why there is nothing more to judge: annotate.quality.Standing
+const told = []; // answers to checks that are still to be shown
 let sending = false;
 let timer = 0;
 
@@ -87,7 +97,7 @@ function question() {
 
 function nothing() {
   if (trouble || sending) return 'Waiting for the next one ...';
-  return 'Nothing left to judge for now. Thank you! New ones will show up here by themselves.';
+  return NOTHING[standing];
 }
 
 // ---- judging
