@@ -15,7 +15,7 @@ from pydantic import Field, model_validator
 from sqlalchemy import Connection
 
 from annotate import statements as sql
-from annotate.form import Answers, Closed, Form, back, fault
+from annotate.form import Answers, Closed, Form, Written, back, fault
 from annotate.records import DataError, draw
 
 TOKEN = re.compile(r"(\d{1,15})-(\d{1,9})-[0-9a-z]{1,20}", re.ASCII)
@@ -39,7 +39,7 @@ class Label(Closed):
     """That was filled in, as `Store.form` names it; None: the plain comparison."""
     both_bad: bool = False
     """A tie because neither is any good."""
-    reason: Annotated[str, Field(max_length=2000)] | None = None
+    reason: Annotated[str, Field(max_length=2000), Written] | None = None
     guidelines: Annotated[str, Field(pattern="^[0-9a-f]{16}$")] | None = None
     """Those read before, as `Store.guidelines` names them."""
     client_ms: Annotated[int, Field(ge=0, le=10**10)] | None = None
@@ -72,6 +72,17 @@ class Past:
     preference: int | None
     both_bad: bool
     answers: Answers
+
+
+def lock(x: Connection, me: int, labels: Sequence[Label]) -> None:
+    """Hold annotator `me`, so that their requests queue, and the slots they label or have open.
+
+    Whoever waits for a slot does so here, in the order of ids, so nobody can wait in a circle. SQLite holds
+    the whole file instead.
+    """
+    if x.dialect.name != "sqlite":
+        x.execute(sql.QUEUE, {"me": me})
+        x.execute(sql.LOCK, {"me": me, "slots": {_split(label.token)[0] for label in labels}})
 
 
 def record(x: Connection, me: int, labels: Sequence[Label]) -> list[Status]:
@@ -123,21 +134,35 @@ def claim(x: Connection, round_id: int, me: int, want: int) -> list[Shown]:
     lease, overlap, salt = x.execute(sql.ROUND, {"round": round_id}).one()
     until = now + lease
     mine = x.execute(sql.MINE, {"me": me, "round": round_id, "n": want}).all()
-    found: dict[int, Any] = {}  # by task: a task has several free slots, and nobody may hold two of them
-    for query in (sql.FREE, sql.EXPIRED):
-        if len(mine) + len(found) < want:
-            rows = x.execute(query, {"me": me, "round": round_id, "now": now, "n": want * overlap})
-            for row in rows:
-                found.setdefault(row.task_id, row)
-    taken = list(found.values())[: want - len(mine)]
     if any(row.lease_until < now + lease / 2 for row in mine):
         x.execute(sql.EXTEND, {"slots": [row.id for row in mine], "until": until})
+    asked = {"me": me, "round": round_id, "now": now, "until": until}
+    taken = _take(x, sql.FREE, asked, want - len(mine), overlap)
+    taken += _take(x, sql.EXPIRED, asked, want - len(mine) - len(taken), overlap)
     if taken:
         name = x.execute(sql.NAME, {"me": me}).scalar_one()
-        x.execute(sql.TAKE, [{"slot": row.id, "who": me, "until": until} for row in taken])
         x.execute(sql.VIEW, [_view(row, me, name, salt, now) for row in taken])
     ids = [row.id for row in (*mine, *taken)]
     return _show(x, x.execute(sql.OPEN, {"slots": ids}).all(), ids)
+
+
+def _take(x: Connection, query: Any, asked: dict[str, Any], want: int, overlap: int) -> list[Any]:
+    """Up to `want` slots that `query` finds, of as many tasks, made this annotator's.
+
+    A task has `overlap` slots, and nobody may hold two of them. Rows that PostgreSQL finds are locked, and to
+    others as good as taken: it is asked for none but those that will be.
+    """
+    taken: list[Any] = []
+    while len(taken) < want:
+        missing = want - len(taken)
+        several = missing * overlap if x.dialect.name == "sqlite" else 1
+        rows = x.execute(query, asked | {"n": missing if overlap == 1 else several})
+        found = list({row.task_id: row for row in reversed(rows.all())}.values())[::-1][:missing]
+        if not found:
+            break
+        x.execute(sql.TAKE, [{"slot": row.id, "who": asked["me"], "until": asked["until"]} for row in found])
+        taken += found
+    return taken
 
 
 def history(x: Connection, round_id: int, me: int, limit: int) -> list[Past]:

@@ -1,10 +1,11 @@
 """What a round asks: its tasks, and the slots that labels go into. Inside a transaction of the caller."""
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from sqlalchemy import Connection, bindparam, insert, or_, select, update
+from sqlalchemy import Connection, bindparam, insert, or_, select, text, update
+from sqlalchemy.dialects import postgresql, sqlite
 
 from annotate.records import Item, draw, prompt_id
 from annotate.schema import Base, Prompt, Response, Slot, Task
@@ -16,27 +17,37 @@ def add(x: Connection, table: type[Base], **values: Any) -> int:
     return int(key[0])
 
 
+def add_missing(x: Connection, table: type[Base], rows: Sequence[dict[str, Any]]) -> None:
+    """Add those of `rows` whose key is not there."""
+    new = sqlite.insert(table) if x.dialect.name == "sqlite" else postgresql.insert(table)
+    x.execute(new.on_conflict_do_nothing(), rows)
+
+
+def lock(x: Connection) -> None:
+    """Let nobody else open a round or take a step until this transaction ends; on SQLite nobody can."""
+    if x.dialect.name != "sqlite":
+        x.execute(text("LOCK TABLE slots IN EXCLUSIVE MODE"))
+
+
 def add_tasks(x: Connection, round_id: int, items: Mapping[str, Item]) -> dict[str, int]:
     """Task ids of all `items` (by task key), adding the tasks, prompts and responses that are new."""
     known = {row.key: row.id for row in x.execute(select(Task.key, Task.id).where(Task.round_id == round_id))}
     new = {key: item for key, item in items.items() if key not in known}
     prompts = {prompt_id(item.prompt): [m.model_dump() for m in item.prompt] for item in new.values()}
     if prompts:
-        x.execute(
-            insert(Prompt).prefix_with("OR IGNORE"), [{"id": i, "messages": m} for i, m in prompts.items()]
-        )
+        add_missing(x, Prompt, [{"id": i, "messages": m} for i, m in prompts.items()])
     for key, item in new.items():
         prompt = prompt_id(item.prompt)
-        responses = [_response(x, prompt, text) for text in item.completions]
+        responses = [_response(x, prompt, reply) for reply in item.completions]
         row = {"round_id": round_id, "key": key, "prompt_id": prompt, "policies": item.policies}
         known[key] = add(x, Task, response_ids=responses, **row)
     return {key: known[key] for key in items}
 
 
-def _response(x: Connection, prompt: str, text: str) -> int:
-    sha = hashlib.sha256(text.encode()).hexdigest()
+def _response(x: Connection, prompt: str, reply: str) -> int:
+    sha = hashlib.sha256(reply.encode()).hexdigest()
     found = x.execute(_RESPONSE, {"prompt": prompt, "sha": sha}).scalar()
-    return int(found) if found else add(x, Response, prompt_id=prompt, sha=sha, text=text)
+    return int(found) if found else add(x, Response, prompt_id=prompt, sha=sha, text=reply)
 
 
 _RESPONSE = select(Response.id).where(
