@@ -41,7 +41,10 @@ class Calls:
 
     def hello(self, _: object, who: Who) -> Answer:
         """All that the page needs at its start."""
-        past = self.store.history(self.round_id, who[0])
+        try:
+            past, progress = self.store.history(self.round_id, who[0]), self._progress(who)
+        except DataError as error:
+            return {"error": str(error)}
         return {
             "ok": True,
             "database": self.store.id[:8],
@@ -52,7 +55,7 @@ class Calls:
             "title": self.title,
             "guidelines": self.guidelines,
             "form": self.form,
-            "progress": self._progress(who),
+            "progress": progress,
             "history": [
                 {
                     **_task(label.shown),
@@ -69,11 +72,12 @@ class Calls:
         try:
             asked = Step.model_validate(argument)
             statuses, shown = self.store.step(self.round_id, who[0], asked.labels, asked.want)
+            progress = {"progress": self._progress(who)} if asked.count else {}
         except (ValidationError, DataError) as error:
             return {"error": f"not saved: {_said(error)}"}
         answer = {"ok": True, "statuses": statuses, "tasks": [_task(task) for task in shown]}
         answer["served"] = self.served
-        return answer | ({"progress": self._progress(who)} if asked.count else {})
+        return answer | progress
 
     def markdown(self, argument: object, who: Who) -> Answer:
         """HTML of the texts of tasks that this annotator holds."""

@@ -32,7 +32,8 @@ def open_engine(url: str) -> Engine:
 
 def printable(url: str) -> str:
     """The URL without its password."""
-    return re.sub(r"(//[^/@:]*):.*@", r"\1:***@", url)
+    url = re.sub(r"^([^:]*:/*[^:@/]*):.*@", r"\1:***@", url)
+    return re.sub(r"([?&]password=)[^&]*", r"\1***", url)
 
 
 def fault(error: Exception) -> str:
