@@ -136,33 +136,32 @@ def claim(x: Connection, round_id: int, me: int, want: int) -> list[Shown]:
     mine = x.execute(sql.MINE, {"me": me, "round": round_id, "n": want}).all()
     if any(row.lease_until < now + lease / 2 for row in mine):
         x.execute(sql.EXTEND, {"slots": [row.id for row in mine], "until": until})
-    asked = {"me": me, "round": round_id, "now": now, "until": until}
-    taken = _take(x, sql.FREE, asked, want - len(mine), overlap)
-    taken += _take(x, sql.EXPIRED, asked, want - len(mine) - len(taken), overlap)
+    taken = _available(x, {"me": me, "round": round_id, "now": now}, want - len(mine), overlap)
     if taken:
         name = x.execute(sql.NAME, {"me": me}).scalar_one()
+        x.execute(sql.TAKE, [{"slot": row.id, "who": me, "until": until} for row in taken])
         x.execute(sql.VIEW, [_view(row, me, name, salt, now) for row in taken])
     ids = [row.id for row in (*mine, *taken)]
     return _show(x, x.execute(sql.OPEN, {"slots": ids}).all(), ids)
 
 
-def _take(x: Connection, query: Any, asked: dict[str, Any], want: int, overlap: int) -> list[Any]:
-    """Up to `want` slots that `query` finds, of as many tasks, made this annotator's.
+def _available(x: Connection, asked: dict[str, Any], want: int, overlap: int) -> list[Any]:
+    """Up to `want` slots of as many tasks: free ones first, then those whose holder's lease has run out.
 
-    A task has `overlap` slots, and nobody may hold two of them. Rows that PostgreSQL finds are locked, and to
-    others as good as taken: it is asked for none but those that will be.
+    A task has `overlap` slots, and nobody may hold two of them. Rows that PostgreSQL finds are locked, for
+    others as good as taken, so of a task with several it is asked for one alone.
     """
-    taken: list[Any] = []
-    while len(taken) < want:
-        missing = want - len(taken)
-        several = missing * overlap if x.dialect.name == "sqlite" else 1
-        rows = x.execute(query, asked | {"n": missing if overlap == 1 else several})
-        found = list({row.task_id: row for row in reversed(rows.all())}.values())[::-1][:missing]
-        if not found:
-            break
-        x.execute(sql.TAKE, [{"slot": row.id, "who": asked["me"], "until": asked["until"]} for row in found])
-        taken += found
-    return taken
+    found: dict[int, Any] = {}  # by task
+    for query in (sql.FREE, sql.EXPIRED):
+        rows: Sequence[Any] = [None]
+        while rows and len(found) < want:
+            missing = want - len(found)
+            several = missing * overlap if x.dialect.name == "sqlite" else 1
+            values = asked | {"n": missing if overlap == 1 else several, "but": list(found)}
+            rows = x.execute(query, values).all()
+            for row in rows:
+                found.setdefault(row.task_id, row)
+    return list(found.values())[: max(want, 0)]
 
 
 def history(x: Connection, round_id: int, me: int, limit: int) -> list[Past]:

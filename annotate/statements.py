@@ -55,6 +55,7 @@ AVAILABLE = (
         Slot.round_id == _round,
         or_(Slot.reserved_id.is_(None), Slot.reserved_id == _me),
         ~select(_other.id).where(_other.annotator_id == _me, _other.task_id == Slot.task_id).exists(),
+        Slot.task_id.not_in(bindparam("but", expanding=True)),
     )
     .limit(_n)
     .with_for_update(

@@ -23,7 +23,7 @@ from annotate.store import Store
 from tests.test_store import item
 
 GOLDENS = Path("tests/goldens")
-OLD = [1, 2, 3]
+OLD = sorted(int(path.stem.removeprefix("labels-")) for path in GOLDENS.glob("labels-*.sql"))
 """Versions of which there is a file, as the prefloop of the time wrote it: three tasks, two labels."""
 
 
@@ -76,6 +76,10 @@ def same(x: Connection, y: Connection) -> None:
     assert compare_metadata(context, Base.metadata) == []
     assert triggers(x) == triggers(y) != []
     assert constraints(x) == constraints(y)
+
+
+def test_of_every_version_before_this_there_is_a_file() -> None:
+    assert set(OLD) >= set(range(1, VERSION))
 
 
 def test_revisions_from_nothing_and_a_new_database_are_the_same(fresh: Callable[[], str]) -> None:

@@ -292,7 +292,7 @@ def test_claims_use_the_partial_indexes(store: Store) -> None:
     sqlite = store.url.startswith("sqlite")
     for query, index in ((FREE, "slots_free"), (EXPIRED, "slots_open")):
         with store._read() as x:
-            values = {"round": 1, "me": 1, "n": 3, "now": 0.0}
+            values = {"round": 1, "me": 1, "n": 3, "now": 0.0, "but": []}
             compiled = query.params(values).compile(x, compile_kwargs={"literal_binds": True})
             if not sqlite:  # which reads so few rows without any index
                 x.exec_driver_sql("set enable_seqscan = off")
