@@ -10,7 +10,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: quickstart annotate test check soak chromium
+.PHONY: quickstart annotate test check soak chromium postgresql
 
 quickstart: $(VENV)/installed
 	@$(BIN)/prefloop run configs/quickstart.yaml
@@ -18,10 +18,10 @@ quickstart: $(VENV)/installed
 annotate: $(VENV)/installed
 	@$(BIN)/prefloop annotate configs/quickstart.yaml
 
-test: $(VENV)/installed-test chromium
+test: $(VENV)/installed-test chromium postgresql
 	$(BIN)/pytest
 
-soak: $(VENV)/installed-test chromium
+soak: $(VENV)/installed-test chromium postgresql
 	$(BIN)/pytest -m soak
 
 check: $(VENV)/installed-test
@@ -42,3 +42,6 @@ $(VENV)/installed-test: $(VENV)/installed
 
 chromium: $(VENV)/installed-test
 	@.ci/chromium $(BIN)/python
+
+postgresql:
+	@.ci/postgresql

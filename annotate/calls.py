@@ -43,7 +43,10 @@ class Calls:
 
     def hello(self, _: object, who: Who) -> Answer:
         """All that the page needs at its start."""
-        past = self.store.history(self.round_id, who[0])
+        try:
+            past, progress = self.store.history(self.round_id, who[0]), self._progress(who)
+        except DataError as error:
+            return {"error": str(error)}
         return {
             "ok": True,
             "database": self.store.id[:8],
@@ -55,7 +58,7 @@ class Calls:
             "title": self.title,
             "guidelines": self.guidelines,
             "form": self.form,
-            "progress": self._progress(who),
+            "progress": progress,
             "history": [
                 {
                     **self._task(label.shown),
@@ -72,6 +75,7 @@ class Calls:
         try:
             asked = Step.model_validate(argument)
             statuses, shown = self.store.step(self.round_id, who[0], asked.labels, asked.want)
+            progress = {"progress": self._progress(who)} if asked.count else {}
         except (ValidationError, DataError) as error:
             return {"error": f"not saved: {_said(error)}"}
         answer = {"ok": True, "statuses": statuses, "tasks": [self._task(task) for task in shown]}
@@ -80,7 +84,7 @@ class Calls:
             answer["standing"] = quality.standing(self.store, self.round_id, who[0])
         if self.checked and asked.labels:
             answer["feedback"] = self._feedback(asked.labels, who)
-        return answer | ({"progress": self._progress(who)} if asked.count else {})
+        return answer | progress
 
     def markdown(self, argument: object, who: Who) -> Answer:
         """HTML of the texts of tasks that this annotator holds."""

@@ -5,10 +5,10 @@ import sqlite3
 from contextlib import closing
 from pathlib import Path
 
-from sqlalchemy import Connection, text
-from sqlalchemy.exc import DatabaseError
+from sqlalchemy import Connection, Engine, inspect, text
+from sqlalchemy.exc import DBAPIError
 
-from annotate.engine import open_engine
+from annotate.engine import fault, open_engine, printable
 from annotate.records import DataError
 
 _COUNTED = """
@@ -33,13 +33,14 @@ FAULTS = {
         AND EXISTS (SELECT 1 FROM judgements WHERE slot_id = slots.id AND rev IS NOT NULL)""",
     "slots whose revisions have a gap": """
         SELECT count(*) FROM (SELECT slot_id FROM judgements WHERE rev IS NOT NULL
-        GROUP BY slot_id HAVING max(rev) + 1 <> count(*))""",
+        GROUP BY slot_id HAVING max(rev) + 1 <> count(*)) AS found""",
     "tasks that one person labelled twice": """
         SELECT count(*) FROM (SELECT task_id FROM slots WHERE state = 'done'
-        GROUP BY task_id, annotator_id HAVING count(*) > 1)""",
+        GROUP BY task_id, annotator_id HAVING count(*) > 1) AS found""",
     "labels that are not of whoever holds the slot": """
         SELECT count(*) FROM judgements JOIN slots ON slots.id = slot_id
-        WHERE rev IS NOT NULL AND judgements.annotator_id IS NOT slots.annotator_id""",
+        WHERE rev IS NOT NULL
+        AND (slots.annotator_id IS NULL OR judgements.annotator_id <> slots.annotator_id)""",
     "checks whose answer is not known": """
         SELECT count(*) FROM tasks JOIN rounds ON rounds.id = round_id
         WHERE (purpose = 'check') <> (known IS NOT NULL)""",
@@ -53,18 +54,23 @@ FAULTS = {
             WHERE first.round_id = rounds.part_of AND first.key = tasks.key AND done.state = 'done'
             AND done.annotator_id = slots.number)""",
 }
-"""What the schema and `annotate.queue` rule out; any of them means that something else wrote to the file."""
+"""What the schema and `annotate.queue` rule out; any of them means that something else wrote there."""
 
 
 def check(url: str) -> tuple[dict[str, int], list[str]]:
-    """(counts of what there is, everything that is wrong). Reads only; people may be working."""
+    """(counts of what there is, everything that is wrong). Reads only; people may be working.
+
+    Raises DataError where there is none, or none that can be reached.
+    """
     counts: dict[str, int] = {}
     faults: list[str] = []
-    engine = open_engine(_existing(url))
+    engine = _existing(url)
     try:
         with engine.connect().execution_options(read=True) as x:
             _look(x, counts, faults)
-    except DatabaseError as error:
+    except DBAPIError as error:
+        if engine.dialect.name != "sqlite":
+            raise DataError(f"{printable(url)}: {fault(error)}") from None
         faults.append(f"the file is damaged, or no label database: {error.orig}")
     finally:
         engine.dispose()
@@ -72,12 +78,17 @@ def check(url: str) -> tuple[dict[str, int], list[str]]:
 
 
 def _look(x: Connection, counts: dict[str, int], faults: list[str]) -> None:
-    for row in x.execute(text("PRAGMA integrity_check")):
-        if row[0] != "ok":
-            faults.append(f"the file is damaged: {row[0]}")
-    broken = len(x.execute(text("PRAGMA foreign_key_check")).all())
-    if broken:
-        faults.append(f"{broken} rows refer to rows that are not there")
+    if x.dialect.name == "sqlite":
+        for row in x.execute(text("PRAGMA integrity_check")):
+            if row[0] != "ok":
+                faults.append(f"the file is damaged: {row[0]}")
+        broken = len(x.execute(text("PRAGMA foreign_key_check")).all())
+        if broken:
+            faults.append(f"{broken} rows refer to rows that are not there")
+    elif not inspect(x).has_table("database"):
+        raise DataError(f"{printable(str(x.engine.url))}: no label database there yet")
+    elif x.execute(text("SHOW fsync")).scalar() != "on":
+        faults.append("the server runs with fsync=off: what it says is saved may not be on its disk")
     for name, query in COUNTS.items():
         counts[name] = int(x.execute(text(query)).scalar_one())
     for name, query in FAULTS.items():
@@ -88,9 +99,16 @@ def _look(x: Connection, counts: dict[str, int], faults: list[str]) -> None:
 def backup(url: str, path: Path) -> None:
     """A copy of the database as it is at this moment, complete or not there at all; people may be working.
 
-    Raises DataError where `path` exists, since a copy must not overwrite another, or cannot be written.
+    Raises DataError where `path` exists, since a copy must not overwrite another, or cannot be written, and
+    for PostgreSQL, which makes its own.
     """
-    source = _file(_existing(url))
+    engine = _existing(url)
+    engine.dispose()
+    if engine.dialect.name != "sqlite":
+        raise DataError(
+            f"{printable(url)}: PostgreSQL makes its copies itself: pg_dump -Fc -f {path} DATABASE"
+        )
+    source = str(engine.url.database)
     if path.exists():
         raise DataError(f"{path}: exists already; name another file")
     draft = path.with_name(path.name + ".draft")
@@ -105,14 +123,9 @@ def backup(url: str, path: Path) -> None:
         raise DataError(f"{path}: not written ({error})") from None
 
 
-def _existing(url: str) -> str:
-    """The URL, if its file is there: opening one that is not would make it."""
-    if not _file(url).exists():
-        raise DataError(f"{url}: no label database there yet")
-    return url
-
-
-def _file(url: str) -> Path:
+def _existing(url: str) -> Engine:
     engine = open_engine(url)
-    engine.dispose()
-    return Path(str(engine.url.database))
+    # To open a file that is not there would make it.
+    if engine.dialect.name == "sqlite" and not Path(str(engine.url.database)).exists():
+        raise DataError(f"{url}: no label database there yet")
+    return engine

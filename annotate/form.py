@@ -10,16 +10,25 @@ import hashlib
 from collections.abc import Sequence
 from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, model_validator
 
 MOST = 8
 """Replies in one ranking: what keys 1 to 8 reach, and more than people can order well."""
 LONGEST = 10_000
 """Characters of a better answer or a rationale: one label fits in a message to the server (gate.LARGEST)."""
 
+
+def _without_nul(text: str) -> str:
+    if "\0" in text:
+        raise ValueError("holds a NUL character; take it out")
+    return text
+
+
+Written = AfterValidator(_without_nul)
+"""By an annotator, as opposed to a model: PostgreSQL could not store it as text, and nobody means it."""
 Name = Annotated[str, StringConstraints(pattern=r"^[a-z][a-z0-9_-]{0,29}$")]
 Line = Annotated[str, StringConstraints(min_length=1, max_length=200)]
-Long = Annotated[str, StringConstraints(max_length=LONGEST)]
+Long = Annotated[str, StringConstraints(max_length=LONGEST), Written]
 
 
 class Closed(BaseModel):
@@ -82,7 +91,7 @@ class Edit(Closed):
 
     of: Annotated[int, Field(ge=0, lt=MOST)]
     """Index of the reply it was made from."""
-    text: Annotated[str, StringConstraints(min_length=1, max_length=LONGEST)]
+    text: Annotated[str, StringConstraints(min_length=1, max_length=LONGEST), Written]
 
 
 class Answers(Closed):

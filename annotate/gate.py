@@ -14,6 +14,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import PlainTextResponse, RedirectResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from annotate.records import DataError
 from annotate.store import Store, Who
 
 HOSTS = ("127.0.0.1", "localhost")
@@ -74,7 +75,10 @@ class Gate:
             return
         scope = {**scope, "headers": [pair for pair in scope["headers"] if not pair[0].startswith(FORWARDED)]}
         headers = Headers(scope=scope)
-        scope["annotator"] = self._who(headers)
+        try:
+            scope["annotator"] = self._who(headers)
+        except DataError:  # its message is for those who run the server, and nobody has come in yet
+            return await PlainTextResponse("the label database does not answer", 503)(scope, receive, send)
         origin = self._origin(headers.get("host", ""))
         scope["scheme"] = (origin or "http").partition(":")[0]
         answer: ASGIApp = _foreign(headers, origin) or _refusal(scope, headers, self.url is None) or self.app

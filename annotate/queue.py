@@ -17,7 +17,7 @@ from sqlalchemy import Connection
 from annotate import extras
 from annotate import statements as sql
 from annotate.extras import Next
-from annotate.form import Answers, Closed, Form, back, fault
+from annotate.form import Answers, Closed, Form, Written, back, fault
 from annotate.keys import plain
 from annotate.records import DataError, draw
 from annotate.rules import Purpose
@@ -44,7 +44,7 @@ class Label(Closed):
     """That was filled in, as `Store.form` names it; None: the plain comparison."""
     both_bad: bool = False
     """A tie because neither is any good."""
-    reason: Annotated[str, Field(max_length=2000)] | None = None
+    reason: Annotated[str, Field(max_length=2000), Written] | None = None
     guidelines: Annotated[str, Field(pattern="^[0-9a-f]{16}$")] | None = None
     """Those read before, as `Store.guidelines` names them."""
     client_ms: Annotated[int, Field(ge=0, le=10**10)] | None = None
@@ -77,6 +77,17 @@ class Past:
     preference: int | None
     both_bad: bool
     answers: Answers
+
+
+def lock(x: Connection, me: int, labels: Sequence[Label], secret: str) -> None:
+    """Hold annotator `me`, so that their requests queue, and the slots they label or have open.
+
+    Whoever waits for a slot does so here, in the order of ids, so nobody can wait in a circle. SQLite holds
+    the whole file instead.
+    """
+    if x.dialect.name != "sqlite":
+        x.execute(sql.QUEUE, {"me": me})
+        x.execute(sql.LOCK, {"me": me, "slots": {_split(plain(secret, label.token))[0] for label in labels}})
 
 
 def record(x: Connection, me: int, labels: Sequence[Label], secret: str) -> list[Status]:
@@ -153,16 +164,29 @@ def _next(
     plain_ones: list[Purpose] = ["label"] * room
     kinds = extras.plan(x, round_, have, me, name, room) if round_.rules else plain_ones
     wanted = len(kinds) if round_.rules is None else kinds.count("label") + 1
-    found: dict[int, Any] = {}  # by task: a task has several free slots, and nobody may hold two of them
-    for query in (sql.FREE, sql.EXPIRED):
-        if kinds and len(found) < wanted:
-            values = {"me": me, "round": have["label"], "now": now, "n": wanted * round_.overlap}
-            for row in x.execute(query, values):
-                found.setdefault(row.task_id, row)
-    rows = list(found.values())[:wanted]
+    rows = _available(x, {"me": me, "round": have["label"], "now": now}, wanted, round_.overlap)
     if round_.rules is None:
         return [Next(row.id, row.lease, row.key, row.response_ids) for row in rows]
     return extras.hand_out(x, round_, have, me, name, kinds, rows)
+
+
+def _available(x: Connection, asked: dict[str, Any], want: int, overlap: int) -> list[Any]:
+    """Up to `want` slots of as many tasks: free ones first, then those whose holder's lease has run out.
+
+    A task has `overlap` slots, and nobody may hold two of them. Rows that PostgreSQL finds are locked, for
+    others as good as taken, so of a task with several it is asked for one alone.
+    """
+    found: dict[int, Any] = {}  # by task
+    for query in (sql.FREE, sql.EXPIRED):
+        rows: Sequence[Any] = [None]
+        while rows and len(found) < want:
+            missing = want - len(found)
+            several = missing * overlap if x.dialect.name == "sqlite" else 1
+            values = asked | {"n": missing if overlap == 1 else several, "but": list(found)}
+            rows = x.execute(query, values).all()
+            for row in rows:
+                found.setdefault(row.task_id, row)
+    return list(found.values())[: max(want, 0)]
 
 
 def history(x: Connection, round_id: int, me: int, limit: int) -> list[Past]:

@@ -8,6 +8,8 @@ a retry counts twice                    UNIQUE(token) on judgements
 two current labels on one slot          UNIQUE(slot, rev); the highest revision counts
 a label is rewritten or removed         triggers: views and judgements are append-only
 a label on something never shown        foreign key (slot, lease, annotator) of judgements on views
+
+The same on SQLite and PostgreSQL.
 """
 
 from typing import Any
@@ -15,45 +17,26 @@ from typing import Any
 from sqlalchemy import (
     DDL,
     JSON,
+    BigInteger,
     CheckConstraint,
     ForeignKey,
     ForeignKeyConstraint,
     Index,
+    Integer,
+    String,
     UniqueConstraint,
     event,
+    false,
     text,
 )
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
 VERSION = 4
-"""Of this schema; stored in the database. One of another version is brought here by UPGRADES, or refused."""
-UPGRADES = {
-    1: (
-        "ALTER TABLE judgements ADD COLUMN both_bad BOOLEAN DEFAULT 0 NOT NULL "
-        "CHECK (NOT both_bad OR (preference IS NOT NULL AND preference = 0))",
-        "ALTER TABLE judgements ADD COLUMN guidelines VARCHAR REFERENCES guidelines (sha)",
-        "UPDATE database SET version = 2",
-    ),
-    2: (
-        "ALTER TABLE judgements ADD COLUMN answers JSON",
-        "ALTER TABLE judgements ADD COLUMN form VARCHAR REFERENCES forms (sha)",
-        "UPDATE database SET version = 3",
-    ),
-    3: (
-        "ALTER TABLE annotators ADD COLUMN role VARCHAR DEFAULT 'annotator' NOT NULL "
-        "CHECK (role in ('annotator', 'researcher'))",
-        "ALTER TABLE rounds ADD COLUMN state VARCHAR DEFAULT 'open' NOT NULL "
-        "CHECK (state in ('open', 'paused', 'closed'))",
-        "ALTER TABLE rounds ADD COLUMN rules JSON",
-        "ALTER TABLE rounds ADD COLUMN part_of INTEGER REFERENCES rounds (id)",
-        "ALTER TABLE rounds ADD COLUMN purpose VARCHAR DEFAULT 'label' NOT NULL "
-        "CHECK (purpose in ('label', 'check', 'repeat'))",
-        "ALTER TABLE tasks ADD COLUMN known JSON",
-        "CREATE UNIQUE INDEX rounds_parts ON rounds (part_of, purpose)",
-        "UPDATE database SET version = 4",
-    ),
-}
-"""Version -> statements that lead to the next one. They add; labels stay as they are."""
+"""Of this schema: its newest revision in migrations/versions. A database of a newer one is refused."""
+
+Exact = String().with_variant(JSON(), "postgresql")
+"""A text that may hold NUL characters, which no text column of PostgreSQL can: there it stands as JSON."""
+Milliseconds = BigInteger().with_variant(Integer(), "sqlite")
 
 
 class Base(DeclarativeBase):
@@ -107,7 +90,7 @@ class Response(Base):
     id: Mapped[int] = mapped_column(primary_key=True)
     prompt_id: Mapped[str] = mapped_column(ForeignKey("prompts.id"))
     sha: Mapped[str]
-    text: Mapped[str]
+    text: Mapped[str] = mapped_column(Exact)
     __table_args__ = (UniqueConstraint("prompt_id", "sha"),)
 
 
@@ -150,7 +133,7 @@ class Slot(Base):
     task_id: Mapped[int] = mapped_column(ForeignKey("tasks.id"))
     round_id: Mapped[int] = mapped_column(ForeignKey("rounds.id"))
     number: Mapped[int]
-    priority: Mapped[float]
+    priority: Mapped[float] = mapped_column()
     """High is served first."""
     active: Mapped[bool] = mapped_column(default=True)
     """Asked for by the list of items that the round was last opened with."""
@@ -171,11 +154,18 @@ class Slot(Base):
         Index(
             "slots_free",
             "round_id",
-            text("priority desc"),
+            priority.desc(),
             "id",
             sqlite_where=text("state = 'free' AND active = 1"),
+            postgresql_where=text("state = 'free' AND active"),
         ),
-        Index("slots_open", "round_id", "lease_until", sqlite_where=text("state = 'open' AND active = 1")),
+        Index(
+            "slots_open",
+            "round_id",
+            "lease_until",
+            sqlite_where=text("state = 'open' AND active = 1"),
+            postgresql_where=text("state = 'open' AND active"),
+        ),
         Index("slots_count", "round_id", "active", "state"),
         Index("slots_mine", "annotator_id", "round_id", "state"),
     )
@@ -200,7 +190,7 @@ class Guideline(Base):
 
     __tablename__ = "guidelines"
     sha: Mapped[str] = mapped_column(primary_key=True)
-    text: Mapped[str]
+    text: Mapped[str] = mapped_column(Exact)
 
 
 class FormText(Base):
@@ -229,12 +219,12 @@ class Judgement(Base):
     """annotate.form.Answers in canonical order; None: nothing besides the preference."""
     form: Mapped[str | None] = mapped_column(ForeignKey("forms.sha"))
     """That the annotator was given; None: no other than a preference was asked."""
-    both_bad: Mapped[bool] = mapped_column(server_default=text("0"))
+    both_bad: Mapped[bool] = mapped_column(server_default=false())
     """A tie because neither reply is any good."""
     reason: Mapped[str | None]
     guidelines: Mapped[str | None] = mapped_column(ForeignKey("guidelines.sha"))
     """Those the annotator had read; None: not known."""
-    client_ms: Mapped[int | None]
+    client_ms: Mapped[int | None] = mapped_column(Milliseconds)
     """Milliseconds from showing the task to the key."""
     at: Mapped[float]
     __table_args__ = (
@@ -267,14 +257,27 @@ class Invitation(Base):
     at: Mapped[float]
 
 
-def _trigger(table: str, name: str, when: str, message: str) -> None:
-    ddl = f"CREATE TRIGGER {table}_{name} BEFORE {when} BEGIN SELECT RAISE(ABORT, '{message}'); END"
-    event.listen(Base.metadata.tables[table], "after_create", DDL(ddl))  # type: ignore[no-untyped-call]
+def _trigger(table: str, name: str, when: str, message: str, condition: str = "") -> None:
+    head = f"CREATE TRIGGER {table}_{name} BEFORE {when} ON {table}"
+    rows = "STATEMENT" if when == "truncate" else f"ROW WHEN ({condition or 'true'})"
+    bodies = {"postgresql": f"{head} FOR EACH {rows} EXECUTE FUNCTION refuse('{message}')"}
+    if when != "truncate":
+        only = f" WHEN {condition}" if condition else ""
+        bodies["sqlite"] = f"{head}{only} BEGIN SELECT RAISE(ABORT, '{message}'); END"
+    for dialect, body in bodies.items():
+        ddl = DDL(body).execute_if(dialect=dialect)  # type: ignore[no-untyped-call]
+        event.listen(Base.metadata.tables[table], "after_create", ddl)
 
 
+_refuse = DDL("""
+CREATE FUNCTION refuse() RETURNS trigger LANGUAGE plpgsql AS $$
+BEGIN RAISE EXCEPTION '%%', TG_ARGV[0] USING ERRCODE = 'integrity_constraint_violation'; END $$
+""").execute_if(dialect="postgresql")  # type: ignore[no-untyped-call]
+event.listen(Base.metadata, "before_create", _refuse)
 for _table in ("views", "judgements"):
-    for _verb in ("update", "delete"):
-        _trigger(_table, f"no_{_verb}", f"{_verb} ON {_table}", f"{_table} is append-only")
+    for _verb in ("update", "delete", "truncate"):
+        _trigger(_table, f"no_{_verb}", _verb, f"{_table} is append-only")
 _moved = "new.state <> 'done' OR new.annotator_id <> old.annotator_id OR new.lease <> old.lease"
-_trigger("slots", "stay", f"update ON slots WHEN old.state = 'done' AND ({_moved})", "done slots stay done")
-_trigger("slots", "no_delete", "delete ON slots", "slots are never removed")
+_trigger("slots", "stay", "update", "done slots stay done", f"old.state = 'done' AND ({_moved})")
+for _verb in ("delete", "truncate"):
+    _trigger("slots", f"no_{_verb}", _verb, "slots are never removed")

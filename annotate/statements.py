@@ -1,6 +1,18 @@
 """The statements of `annotate.queue`, built once."""
 
-from sqlalchemy import Integer, and_, bindparam, func, insert, or_, select, text, update
+from sqlalchemy import (
+    BigInteger,
+    Integer,
+    and_,
+    bindparam,
+    func,
+    insert,
+    literal_column,
+    or_,
+    select,
+    true,
+    update,
+)
 from sqlalchemy.orm import aliased
 
 from annotate.schema import (
@@ -17,12 +29,20 @@ from annotate.schema import (
 )
 
 _me, _round, _n = (bindparam(name, type_=Integer) for name in ("me", "round", "n"))
-_slots, _rounds = (bindparam(name, type_=Integer, expanding=True) for name in ("slots", "rounds"))
+_rounds = bindparam("rounds", type_=Integer, expanding=True)
+_slots = bindparam("slots", type_=BigInteger, expanding=True)
 _other = aliased(Slot)
 _first = aliased(Judgement)
 
 ROUND = select(Round.lease, Round.overlap, Round.salt, Round.state, Round.rules).where(Round.id == _round)
 NAME = select(Annotator.name).where(Annotator.id == _me)
+QUEUE = NAME.with_for_update(key_share=True)
+LOCK = (
+    select(Slot.id)
+    .where(or_(Slot.id.in_(_slots), and_(Slot.annotator_id == _me, Slot.state == "open")))
+    .order_by(Slot.id)
+    .with_for_update(key_share=True)
+)
 MINE = (
     select(Slot.id, Slot.lease_until)
     .where(Slot.annotator_id == _me, Slot.round_id.in_(_rounds), Slot.state == "open", Slot.active)
@@ -36,15 +56,20 @@ AVAILABLE = (
         Slot.round_id == _round,
         or_(Slot.reserved_id.is_(None), Slot.reserved_id == _me),
         ~select(_other.id).where(_other.annotator_id == _me, _other.task_id == Slot.task_id).exists(),
+        Slot.task_id.not_in(bindparam("but", expanding=True)),
     )
     .limit(_n)
+    .with_for_update(
+        of=Slot, key_share=True, skip_locked=True
+    )  # SQLite holds the whole file, and leaves it out
 )
-# Literal conditions, as the partial indexes have them: with a parameter SQLite would not use those.
-FREE = AVAILABLE.where(text("slots.state = 'free' AND slots.active = 1")).order_by(
+# Literal conditions, as the partial indexes have them: with a parameter they would not be used.
+_active = Slot.active == true()
+FREE = AVAILABLE.where(Slot.state == literal_column("'free'"), _active).order_by(
     Slot.priority.desc(), Slot.id
 )
 EXPIRED = AVAILABLE.where(
-    text("slots.state = 'open' AND slots.active = 1"), Slot.lease_until < bindparam("now")
+    Slot.state == literal_column("'open'"), _active, Slot.lease_until < bindparam("now")
 ).order_by(Slot.lease_until)
 EXTEND = update(Slot).where(Slot.id.in_(_slots)).values(lease_until=bindparam("until"))
 TAKE = (

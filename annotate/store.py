@@ -1,4 +1,4 @@
-"""The label database: who is asked what, and everything anyone said. SQLAlchemy 2 on SQLite.
+"""The label database: who is asked what, and everything anyone said. SQLAlchemy 2 on SQLite or PostgreSQL.
 
 One transaction does all that a labelling page or a simulated annotator needs (`Store.step`): record finished
 labels, hand out what comes next. It returns after COMMIT has reached the disk, so whoever is told "saved" can
@@ -10,28 +10,25 @@ import os
 import secrets
 import threading
 import time
-import uuid
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 from sqlalchemy import Connection, bindparam, delete, func, insert, or_, orm, select, update
-from sqlalchemy.exc import DatabaseError, IntegrityError
+from sqlalchemy.exc import DBAPIError, IntegrityError
+from sqlalchemy.exc import TimeoutError as NoConnection
 
 from annotate import extras, queue, rounds
-from annotate.engine import open_engine
+from annotate.engine import fault, open_engine, printable
 from annotate.form import Answers, Form
+from annotate.migrations import ready
 from annotate.queue import Label, Past, Shown, Status
 from annotate.records import DataError, Item, Kind, Role
 from annotate.rules import Check, Rules
 from annotate.schema import (
-    UPGRADES,
-    VERSION,
     Annotator,
-    Base,
-    Database,
     FormText,
     Guideline,
     Invitation,
@@ -83,26 +80,17 @@ class Progress:
 class Store:
     """One label database; any number of threads and processes may use it at once.
 
-    Raises DataError where the file is no label database, is of another version, or cannot be written.
+    Raises DataError where it is no label database, is of a newer version, or cannot be reached or written.
     """
 
     def __init__(self, url: str | None = None):
         self.url = url or default_url()
         self._engine = open_engine(self.url)
         # Threads of one process queue here: SQLite's own way of waiting sleeps, which costs more than half.
-        self._one_writer = threading.Lock()
+        one_file = self._engine.dialect.name == "sqlite"
+        self._one_writer: AbstractContextManager[object] = threading.Lock() if one_file else nullcontext()
         with self._write() as x:
-            Base.metadata.create_all(x)
-            if x.execute(select(func.count()).select_from(Database)).scalar() == 0:
-                x.execute(insert(Database), {"id": uuid.uuid4().hex, "version": VERSION})
-            self.id, version = x.execute(select(Database.id, Database.version)).one()
-            if version != VERSION and version not in UPGRADES:
-                raise DataError(
-                    f"{self.url}: version {version} of the label database, this prefloop needs {VERSION}"
-                )
-            for old in range(version, VERSION):
-                for statement in UPGRADES[old]:
-                    x.exec_driver_sql(statement)
+            self.id = ready(x, printable(self.url))
 
     def close(self) -> None:
         self._engine.dispose()
@@ -114,7 +102,10 @@ class Store:
         with self._write() as x:
             same = select(Annotator.id).where(Annotator.name == name, Annotator.kind == kind)
             found = x.execute(same).scalar()
-            return found if found is not None else rounds.add(x, Annotator, name=name, kind=kind)
+            if found is None:
+                rounds.add_missing(x, Annotator, [{"name": name, "kind": kind}])
+                found = x.execute(same).scalar_one()
+            return found
 
     def open_round(
         self,
@@ -140,6 +131,7 @@ class Store:
             raise DataError(f"overlap {overlap}, but {len(reserve)} annotators: at most one label each")
         names = {who: self.annotator(who, kind) for who in reserve}
         with self._write() as x:
+            rounds.lock(x)
             found = x.execute(select(Round).where(Round.name == name)).first()
             if found is None:
                 round_id = rounds.add(x, Round, name=name, kind=kind, overlap=overlap, lease=lease, salt=salt)
@@ -170,6 +162,7 @@ class Store:
         the same tasks. A batch costs little more than one label.
         """
         with self._write() as x:
+            queue.lock(x, annotator, labels, self.id)
             statuses = queue.record(x, annotator, labels, self.id) if labels else []
             shown = queue.claim(x, round_id, annotator, want) if want else []
         return statuses, shown
@@ -188,14 +181,13 @@ class Store:
         """Keep this text, and return the name under which labels refer to it."""
         sha = _sha(text)[:16]
         with self._write() as x:
-            x.execute(insert(Guideline).prefix_with("OR IGNORE"), {"sha": sha, "text": text})
+            rounds.add_missing(x, Guideline, [{"sha": sha, "text": text}])
         return sha
 
     def form(self, form: Form) -> str:
         """Keep this form, and return the name under which labels refer to it."""
         with self._write() as x:
-            row = {"sha": form.sha, "form": form.model_dump_json()}
-            x.execute(insert(FormText).prefix_with("OR IGNORE"), row)
+            rounds.add_missing(x, FormText, [{"sha": form.sha, "form": form.model_dump_json()}])
         return form.sha
 
     def progress(self, round_id: int, annotator: int | None = None) -> Progress:
@@ -240,6 +232,7 @@ class Store:
         """A secret by which this person enters. Ends the invitation, sessions and role they had before."""
         me, secret = self.annotator(name), secrets.token_urlsafe(32)
         with self._write() as x:
+            queue.lock(x, me, [], self.id)
             x.execute(delete(Session).where(Session.annotator_id == me))
             x.execute(delete(Invitation).where(Invitation.annotator_id == me))
             x.execute(update(Annotator).where(Annotator.id == me).values(role=role))
@@ -272,21 +265,23 @@ class Store:
 
     @contextmanager
     def _write(self) -> Iterator[Connection]:
-        """A transaction that holds the write lock from its start and is on disk when the block is left."""
-        try:
-            with self._one_writer, self._engine.begin() as x:
-                yield x
-        except IntegrityError:
-            raise  # a guarantee of the schema held against a mistake of ours
-        except DatabaseError as error:
-            raise DataError(
-                f"{self.url}: {error.orig}; is it a label database, with room on its disk?"
-            ) from error
+        """A transaction that is on disk when the block is left. On SQLite it is alone from its start."""
+        with self._one_writer, self._reached(), self._engine.begin() as x:
+            yield x
 
     @contextmanager
     def _read(self) -> Iterator[Connection]:
-        with self._engine.connect() as x:
+        with self._reached(), self._engine.connect() as x:
             yield x.execution_options(read=True)
+
+    @contextmanager
+    def _reached(self) -> Iterator[None]:
+        try:
+            yield
+        except IntegrityError:
+            raise  # a guarantee of the schema held against a mistake of ours
+        except (DBAPIError, NoConnection) as error:
+            raise DataError(f"{printable(self.url)}: {fault(error)}") from error
 
 
 def default_url() -> str:

@@ -13,6 +13,7 @@ snapshot. People's labels belong to the texts they judged, so they survive chang
 A simulated label is a function of (seed, annotator, task), never of order or time.
 """
 
+import re
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
@@ -67,7 +68,15 @@ class Config(StageConfig):
     at_most: Annotated[int | None, Field(ge=1), NotInKey()] = None
     """People only: how many labels one person may give."""
     db: Annotated[str | None, NotInKey()] = None
-    """URL of the label database; None: labels.db in the folder of runs."""
+    """URL of the label database, as in annotate/README.md; None: labels.db in the folder of runs."""
+
+    @model_validator(mode="after")
+    def _without_password(self) -> Self:
+        if self.db and re.search(r"//[^/@]*:.*@|[?&]password=", self.db):
+            raise ValueError(
+                "db: settings are kept with every run; put the password into ~/.pgpass or PGPASSWORD"
+            )
+        return self
 
     @model_validator(mode="after")
     def _for_people_only(self) -> Self:

@@ -90,6 +90,7 @@ def care_for(config_path: str | Path, overrides: Sequence[str], copy: Path | Non
     config = _collecting(config_path, overrides)[2]
 
     from annotate.care import backup, check
+    from annotate.engine import printable
     from annotate.store import default_url
 
     url = config.db or default_url()
@@ -98,7 +99,7 @@ def care_for(config_path: str | Path, overrides: Sequence[str], copy: Path | Non
         print(f"copied to {copy}")
         url = f"sqlite:///{copy}"
     counts, faults = check(url)
-    print(f"{url}: " + ", ".join(f"{count:,} {name}" for name, count in counts.items()))
+    print(f"{printable(url)}: " + ", ".join(f"{count:,} {name}" for name, count in counts.items()))
     for wrong in faults:
         print(f"wrong: {wrong}")
     print("sound" if not faults else "NOT sound: keep this file, and go on from the last copy that is")

@@ -1,17 +1,22 @@
 """For all tests: no connection leaves the machine, one thread, paths relative to the checkout."""
 
 import gzip
+import itertools
 import json
 import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import hypothesis
 import pytest
 
 import stages  # noqa: F401 (turns telemetry off, before a library looks whether it is)
+
+if TYPE_CHECKING:
+    from tests.postgres import Postgres
 
 ROOT = Path(__file__).parent.parent
 GUARD = Path(__file__).parent / "guard"
@@ -72,6 +77,25 @@ def smoke_runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     assert done.returncode == 0, done.stdout + done.stderr
     return runs
+
+
+@pytest.fixture(scope="session")
+def postgres() -> Iterator["Postgres"]:
+    """A PostgreSQL server; skips where there is none, and fails under CI."""
+    from tests.postgres import server
+
+    with server() as running:
+        yield running
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def fresh(request: pytest.FixtureRequest, tmp_path: Path) -> Callable[[], str]:
+    """Gives the URL of a label database that is not there yet: the test runs on SQLite and on PostgreSQL."""
+    if request.param == "postgresql":
+        database: Callable[[], str] = request.getfixturevalue("postgres").database
+        return database
+    numbers = itertools.count()
+    return lambda: f"sqlite:///{tmp_path}/labels{next(numbers)}.db"
 
 
 @pytest.fixture

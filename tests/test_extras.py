@@ -3,9 +3,8 @@
 import random
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from itertools import pairwise
-from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -35,8 +34,10 @@ CHECKS = [check(n) for n in range(5)]
 
 
 @pytest.fixture
-def store(tmp_path: Path) -> Store:
-    return Store(f"sqlite:///{tmp_path}/labels.db")
+def store(fresh: Callable[[], str]) -> Iterator[Store]:
+    store = Store(fresh())
+    yield store
+    store.close()
 
 
 Judge = Callable[[Shown], int | None]
@@ -73,7 +74,9 @@ def places(seen: list[Shown]) -> list[int]:
     return [place for place, view in enumerate(seen) if is_check(view)]
 
 
-def test_everyone_gets_every_check_once_among_the_other_tasks(store: Store) -> None:
+def test_everyone_gets_every_check_once_among_the_other_tasks(
+    store: Store, fresh: Callable[[], str]
+) -> None:
     round_id = store.open_round("r", ITEMS, overlap=2, checks=CHECKS, salt="3")
     orders = []
     for who in ("ann", "bob"):
@@ -84,7 +87,7 @@ def test_everyone_gets_every_check_once_among_the_other_tasks(store: Store) -> N
         assert found[-1] < 60
         orders.append((found, [view.task for view in seen if is_check(view)]))
     assert orders[0] != orders[1]
-    other = Store(store.url.replace("labels.db", "other.db"))
+    other = Store(fresh())
     again = work(other, other.open_round("r", ITEMS, overlap=2, checks=CHECKS, salt="3"), "ann")
     assert (places(again), [v.task for v in again if is_check(v)]) == orders[0]
 
@@ -437,6 +440,8 @@ def test_a_step_takes_as_many_statements_after_many_labels_and_no_more_where_the
     round_id = store.open_round("r", ITEMS, overlap=2, checks=CHECKS, rules=Rules(repeats=0.1, at_most=50))
     without = [statements(store, plain_round, me) for _ in range(40)]
     with_rules = [statements(store, round_id, me) for _ in range(40)]
-    assert set(without) == {14}
-    assert min(with_rules) == 14 + 3  # the parts of the round, and how much there was of each
-    assert max(with_rules) <= 14 + 3 + 6  # where a check or a repeat is handed out
+    usual = 14 if store.url.startswith("sqlite") else 15
+    more = usual - 14  # of tasks with several slots PostgreSQL is asked for one at a time
+    assert set(without) == {usual}
+    assert min(with_rules) == usual + 3 + more  # the parts of the round, and how much there was of each
+    assert max(with_rules) <= usual + 3 + more + 6  # where a check or a repeat is handed out

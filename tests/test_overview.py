@@ -1,8 +1,7 @@
 """The numbers of the researcher's pages, worked by hand on a small round; quickly there on a large one."""
 
 import time
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -30,8 +29,10 @@ MS = {"ann": [1000] * 4, "bob": [3000, 5000, 7000, 9000], "cat": [4000] * 4}
 
 
 @pytest.fixture
-def store(tmp_path: Path) -> Store:
-    return Store(f"sqlite:///{tmp_path}/labels.db")
+def store(fresh: Callable[[], str]) -> Iterator[Store]:
+    store = Store(fresh())
+    yield store
+    store.close()
 
 
 def number(shown: Shown) -> int:

@@ -2,21 +2,21 @@
 
 import multiprocessing
 import random
-import sqlite3
 import threading
 import time
 from collections import Counter
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
 import pytest
 from sqlalchemy import text
+from sqlalchemy.exc import IntegrityError
 
 from annotate.care import check
 from annotate.form import Answers
 from annotate.queue import Label, Past, Shown
 from annotate.records import DataError, Item, Message, prompt_id
-from annotate.rules import Check, Rules
 from annotate.store import Store
 
 
@@ -33,13 +33,15 @@ JUDGEMENT = "insert into judgements(slot_id, lease, annotator_id, rev, token, pr
 
 
 @pytest.fixture
-def url(tmp_path: Path) -> str:
-    return f"sqlite:///{tmp_path}/labels.db"
+def url(fresh: Callable[[], str]) -> str:
+    return fresh()
 
 
 @pytest.fixture
-def store(url: str) -> Store:
-    return Store(url)
+def store(url: str) -> Iterator[Store]:
+    store = Store(url)
+    yield store
+    store.close()
 
 
 def label(view: Shown, preference: int | None = 2, attempt: str = "0") -> Label:
@@ -134,64 +136,6 @@ def test_texts_are_given_only_to_those_who_hold_the_task(store: Store) -> None:
     assert store.held(round_id, ann, [keys[0][:-1] + "9", "999-1"]) == []
 
 
-FIRST = """
-create table database (id varchar not null primary key, version integer not null);
-insert into database values ('old', 1);
-create table judgements (id integer not null primary key, slot_id integer not null, lease integer not null,
-  annotator_id integer not null, rev integer, token VARCHAR not null unique, preference integer,
-  reason VARCHAR, client_ms integer, at DOUBLE not null);
-create table annotators (id INTEGER not null primary key, name VARCHAR not null, kind VARCHAR not null);
-insert into annotators values (1, 'ann', 'person');
-create trigger judgements_no_update before update on judgements begin select raise(abort, 'append-only'); end;
-insert into judgements values (1, 1, 1, 1, 0, '1-1-0', 0, null, 900, 0.0);
-create table rounds (id integer not null primary key, name VARCHAR not null unique, kind VARCHAR not null,
-  overlap integer not null, lease DOUBLE not null, salt VARCHAR not null);
-insert into rounds values (1, 'r', 'person', 1, 1800.0, '');
-create table tasks (id integer not null primary key, round_id integer not null, key VARCHAR not null,
-  prompt_id VARCHAR not null, response_ids JSON not null, policies JSON not null);
-insert into tasks values (1, 1, 'key', 'prompt', '[1, 2]', '[]');
-"""
-
-
-def test_a_database_of_the_first_version_is_brought_here_with_its_labels(url: str, tmp_path: Path) -> None:
-    with sqlite3.connect(url.removeprefix("sqlite:///")) as x:
-        x.executescript(FIRST)
-    for _ in range(2):  # and opened again as any other
-        store = Store(url)
-        assert store.id == "old"
-    assert counts(store, "select count(*) from judgements where not both_bad and guidelines is null") == 1
-    assert counts(store, "select count(*) from annotators where name = 'ann' and role = 'annotator'") == 1
-    new = Store(f"sqlite:///{tmp_path}/new.db")
-    table_info = "(select * from pragma_table_info('{}') order by name)"
-    columns = f"select group_concat(name || type || [notnull]) from {table_info}"
-    assert counts(store, "select count(*) from tasks where known is null") == 1
-    assert counts(store, "select count(*) from rounds where state = 'open' and part_of is null") == 1
-    for table in ("judgements", "guidelines", "invitations", "rounds", "tasks", "annotators"):
-        with store._read() as x, new._read() as y:
-            query = text(columns.format(table))
-            assert x.execute(query).scalar_one() == y.execute(query).scalar_one()
-
-
-def test_a_database_of_version_3_opens_with_all_its_labels_and_work_goes_on(url: str) -> None:
-    with sqlite3.connect(url.removeprefix("sqlite:///")) as x:
-        x.executescript(Path("tests/goldens/labels-3.sql").read_text())
-    store = Store(url)
-    found = [(label.task, label.annotator, label.preference) for label in store.labels(1)]
-    one, two = "3cb7fe48317b760e", "920a1a87be4ce840"
-    assert found == [(one, "ann", -1), (one, "bob", 0), (two, "ann", None)]
-    assert counts(store, "select count(*) from judgements") == 4
-    rules = Rules(repeats=0.5, at_most=9)
-    checks = [Check(**item(9).model_dump(include={"prompt", "completions"}), better=0)]
-    assert store.open_round("r", ITEMS[:3], overlap=2, checks=checks, rules=rules) == 1
-    ann, got = store.annotator("ann"), []
-    while views := store.step(1, ann, want=4)[1]:
-        got.append(views[0].messages[0]["content"])
-        assert store.step(1, ann, [label(views[0])])[0] == ["saved"]
-    assert len(got) == 2 and "question 9" in got
-    assert (store.progress(1).asked, store.progress(1).done) == (6, 4)
-    assert check(url)[1] == []
-
-
 def test_each_task_gets_exactly_overlap_labels_from_different_people(store: Store) -> None:
     round_id = store.open_round("r", ITEMS, overlap=2)
     for who in ("ann", "bob", "cat"):
@@ -206,10 +150,12 @@ def test_each_task_gets_exactly_overlap_labels_from_different_people(store: Stor
     assert store.progress(round_id).done == store.progress(round_id).asked == 60
 
 
-def test_reserved_slots_go_to_the_annotators_drawn_and_nobody_else(store: Store) -> None:
+def test_reserved_slots_go_to_the_annotators_drawn_and_nobody_else(
+    store: Store, fresh: Callable[[], str]
+) -> None:
     names = ["ann", "bob", "cat"]
     round_id = store.open_round("r", ITEMS, overlap=1, reserve=names, salt="7", kind="simulated")
-    other = Store(store.url.replace("labels.db", "other.db"))
+    other = Store(fresh())
     again = other.open_round("s", ITEMS[::-1], overlap=2, reserve=names[::-1], salt="7", kind="simulated")
     given = {
         n: {v.task for v in store.step(round_id, store.annotator(n, "simulated"), want=99)[1]} for n in names
@@ -356,13 +302,13 @@ def test_a_label_out_of_form_is_refused(bad: dict[str, object]) -> None:
         "update slots set state = 'free', annotator_id = null where state = 'done'",
         "update slots set state = 'free' where state = 'open'",
         "delete from slots",
-        SLOT + "(1, 1, 0, 0, 1, 'free', 0)",  # the task has a slot of that number
+        SLOT + "(1, 1, 0, 0, true, 'free', 0)",  # the task has a slot of that number
         JUDGEMENT + "(2, 1, 2, 0, 't', 1, 0)",  # bob was never shown it
         JUDGEMENT + "(1, 1, 1, 0, 't', 1, 0)",  # revision 0 is there
         JUDGEMENT + "(1, 1, 1, 1, '1-1-0', 1, 0)",  # this token was used
         JUDGEMENT + "(1, 1, 1, 1, 't', 4, 0)",  # off the scale
-        JUDGEMENT.replace("at)", "both_bad, at)") + "(1, 1, 1, 1, 't', 1, 1, 0)",  # both bad is a tie
-        JUDGEMENT.replace("at)", "both_bad, at)") + "(1, 1, 1, 1, 't', null, 1, 0)",
+        JUDGEMENT.replace("at)", "both_bad, at)") + "(1, 1, 1, 1, 't', 1, true, 0)",  # both bad is a tie
+        JUDGEMENT.replace("at)", "both_bad, at)") + "(1, 1, 1, 1, 't', null, true, 0)",
         JUDGEMENT.replace("at)", "guidelines, at)") + "(1, 1, 1, 1, 't', 1, 'none', 0)",
     ],
 )
@@ -372,23 +318,24 @@ def test_the_schema_itself_refuses_what_must_not_happen(store: Store, statement:
     _, views = store.step(round_id, ann, want=2)
     first = next(view for view in views if view.key == "1-1")
     store.step(round_id, ann, [label(first)])
-    store.close()
-    with sqlite3.connect(store.url.removeprefix("sqlite:///")) as x:
-        x.execute("pragma foreign_keys = on")
-        with pytest.raises(sqlite3.IntegrityError):
-            x.execute(statement)
+    with pytest.raises(IntegrityError), store._write() as x:
+        x.execute(text(statement))
 
 
 def test_claims_use_the_partial_indexes(store: Store) -> None:
     from annotate.statements import EXPIRED, FREE
 
     store.open_round("r", ITEMS)
+    sqlite = store.url.startswith("sqlite")
     for query, index in ((FREE, "slots_free"), (EXPIRED, "slots_open")):
         with store._read() as x:
-            values = {"round": 1, "me": 1, "n": 3, "now": 0.0}
+            values = {"round": 1, "me": 1, "n": 3, "now": 0.0, "but": []}
             compiled = query.params(values).compile(x, compile_kwargs={"literal_binds": True})
-            plan = " ".join(str(row) for row in x.exec_driver_sql(f"explain query plan {compiled}"))
-        assert index in plan and "TEMP B-TREE" not in plan, plan
+            if not sqlite:  # which reads so few rows without any index
+                x.exec_driver_sql("set enable_seqscan = off")
+            explain = "explain query plan" if sqlite else "explain"
+            plan = " ".join(str(row) for row in x.exec_driver_sql(f"{explain} {compiled}"))
+        assert index in plan and "TEMP B-TREE" not in plan and "Sort" not in plan, plan
 
 
 def start_and_join(threads: list[threading.Thread]) -> None:
@@ -443,7 +390,7 @@ def contend(url: str, tasks: int, processes: int, people: int, overlap: int = 3,
     with store._read() as x:
         rows = set(x.execute(text("select token from judgements where rev is not null")).scalars())
         late = set(x.execute(text("select token from judgements where rev is null")).scalars())
-        assert x.execute(text("pragma integrity_check")).scalar() == "ok"
+    assert check(url)[1] == []
     assert rows == set(saved)
     assert late == {token for token, status in told if status == "late"}
 
@@ -452,8 +399,8 @@ def test_two_processes_of_four_people_lose_and_double_nothing(url: str) -> None:
     contend(url, tasks=60, processes=2, people=4)
 
 
-def test_fifty_people_label_two_hundred_tasks_each(url: str) -> None:
-    contend(url, tasks=200, processes=2, people=25, overlap=50, lease=0.2)
+def test_fifty_people_label_two_hundred_tasks_each(tmp_path: Path) -> None:
+    contend(f"sqlite:///{tmp_path}/labels.db", tasks=200, processes=2, people=25, overlap=50, lease=0.2)
 
 
 @pytest.mark.soak
@@ -471,7 +418,8 @@ def test_sessions_survive_and_secrets_are_not_stored(store: Store) -> None:
     secret = store.start_session(me)
     assert Store(store.url).session(secret) == (me, "ann", "annotator")
     assert store.session(secret[:-1]) is None
-    assert secret.encode() not in Path(store.url.removeprefix("sqlite:///")).read_bytes()
+    with store._read() as x:
+        assert secret not in str(x.execute(text("select * from sessions")).all())
 
 
 def test_a_person_may_have_the_name_of_a_simulated_annotator(store: Store) -> None:
@@ -502,9 +450,3 @@ def test_wrong_files_and_urls_say_what_to_do(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(DataError, match="folder"):
         Store(f"sqlite:///{tmp_path}/file/labels.db")
-    newer = Store(f"sqlite:///{tmp_path}/newer.db")
-    newer.close()
-    with sqlite3.connect(tmp_path / "newer.db") as x:
-        x.execute("update database set version = 99")
-    with pytest.raises(DataError, match="version 99"):
-        Store(newer.url)

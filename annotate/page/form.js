@@ -57,8 +57,8 @@ function forget() {
 }
 
 function besides() {
-  const edit = draft.edit && { of: draft.edit.of, text: draft.edit.text.toWellFormed() };
-  return { attributes: draft.attributes, flags: draft.flags, rationale: draft.rationale.trim().toWellFormed() || null, edit };
+  const edit = draft.edit && { of: draft.edit.of, text: written(draft.edit.text) };
+  return { attributes: draft.attributes, flags: draft.flags, rationale: written(draft.rationale).trim() || null, edit };
 }
 
 function currentQuestion() {

@@ -1,5 +1,8 @@
 // ---- keeping and sending
 
+// What the server takes of a text that somebody wrote: no half of a character, no NUL.
+const written = (text) => text.toWellFormed().replaceAll('\0', '');
+
 function keep({ key, messages, completions }, label) {
   unsent.push(label);
   const entry = { label, round, task: { key, messages, completions }, at: Date.now() };

@@ -118,7 +118,7 @@ function judge({ preference = null, rating = null, ranking = null, bad = false, 
   const nonce = [...crypto.getRandomValues(new Uint32Array(2))].map((n) => n.toString(36)).join('');
   const said = { preference, both_bad: bad, answers: { ...besides(), rating, ranking } };
   const label = { token: `${it.key}-${nonce}`, ...said, form: form.id, client_ms: ms, guidelines };
-  keep(it, { ...label, reason: reason ? reason.toWellFormed() : null });
+  keep(it, { ...label, reason: reason ? written(reason) : null });
   if (at === null) {
     fresh.add(it.key);
     past.push({ ...it, ...said });

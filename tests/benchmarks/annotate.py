@@ -29,6 +29,7 @@ from typing import Annotated, Any
 from annotate.gate import cookie_name
 from annotate.queue import Label
 from annotate.store import Store
+from tests import postgres
 from tests.desk import Desk, Served, chromium
 from tests.test_app import item, kill_under_load
 
@@ -137,10 +138,10 @@ def serve_side(side: str, url: str) -> None:
 
 
 @contextmanager
-def side(name: str, tasks: int) -> Any:
-    """(store, port) of a side in a process of its own, over a round of so many tasks."""
+def side(name: str, tasks: int, url: str | None = None) -> Any:
+    """(store, port) of a side in a process of its own, over a round of so many tasks; its database is new."""
     with tempfile.TemporaryDirectory() as folder:
-        store = Store(f"sqlite:///{folder}/labels.db")
+        store = Store(url or f"sqlite:///{folder}/labels.db")
         store.open_round("r", [item(n) for n in range(tasks)])
         command = [sys.executable, "-m", "tests.benchmarks.annotate", "--serve", name, store.url]
         process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
@@ -243,8 +244,10 @@ async def label_all(
     return people * labels / (time.perf_counter() - start), took
 
 
-def load(name: str, people: int, labels: int, think: float = 0.0) -> tuple[float, list[float]]:
-    with side(name, people * (labels + WANT)) as (store, port):
+def load(
+    name: str, people: int, labels: int, think: float = 0.0, url: str | None = None
+) -> tuple[float, list[float]]:
+    with side(name, people * (labels + WANT), url) as (store, port):
         found = asyncio.run(label_all(name, store, port, people, labels, think))
         assert store.progress(1).done == people * labels
     return found
@@ -322,6 +325,10 @@ def rows(size: Size) -> list[tuple[str, str, str]]:
     say("ours / plain", ", ".join(f"{r:.2f}" for r in ratio), ">= 0.5")
     ratio = [a / b for a, b in zip(rates["ours"], rates["queue"], strict=True)]
     say("ours / Gradio's queue", ", ".join(f"{r:.1f}" for r in ratio), ">= 4")
+    with postgres.server() as server:
+        each = [load("ours", size.people, size.labels, url=server.database())[0] for _ in range(size.turns)]
+    text = ", ".join(f"{rate:.0f}" for rate in each)
+    say(f"{size.people} people without a pause, ours on PostgreSQL", f"{text} labels/s")
     _, took = load("ours", size.people, max(1, int(size.pace / 4)), think=4.0)
     ms = [1000 * t for t in took]
     say(

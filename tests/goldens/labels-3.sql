@@ -1,4 +1,3 @@
--- A label database of version 3: ann labelled two of three tasks, one of them again, and bob one.
 BEGIN TRANSACTION;
 CREATE TABLE annotators (
 	id INTEGER NOT NULL, 
@@ -9,13 +8,12 @@ CREATE TABLE annotators (
 	CHECK (kind in ('person', 'model', 'simulated'))
 );
 INSERT INTO "annotators" VALUES(1,'ann','person');
-INSERT INTO "annotators" VALUES(2,'bob','person');
 CREATE TABLE "database" (
 	id VARCHAR NOT NULL, 
 	version INTEGER NOT NULL, 
 	PRIMARY KEY (id)
 );
-INSERT INTO "database" VALUES('5b504e542f7a432f8e6b3a154c8afe6a',3);
+INSERT INTO "database" VALUES('01ba7792cd0e4f33855853b48a9ad2ed',3);
 CREATE TABLE forms (
 	sha VARCHAR NOT NULL, 
 	form VARCHAR NOT NULL, 
@@ -59,10 +57,9 @@ CREATE TABLE judgements (
 	FOREIGN KEY(form) REFERENCES forms (sha), 
 	FOREIGN KEY(guidelines) REFERENCES guidelines (sha)
 );
-INSERT INTO "judgements" VALUES(1,1,1,1,0,'1-1-a',2,NULL,NULL,0,NULL,NULL,NULL,1.79527514477440309527e+09);
-INSERT INTO "judgements" VALUES(2,1,1,1,1,'1-1-b',-1,NULL,NULL,0,NULL,NULL,NULL,1.79527514477442121511e+09);
-INSERT INTO "judgements" VALUES(3,3,1,1,0,'3-1-a',NULL,NULL,NULL,0,'why',NULL,NULL,1.795275144774433136e+09);
-INSERT INTO "judgements" VALUES(4,2,1,2,0,'2-1-a',0,NULL,NULL,1,NULL,NULL,NULL,1.79527514478915262217e+09);
+INSERT INTO "judgements" VALUES(1,1,1,1,0,'1-1-0',2,NULL,NULL,0,NULL,NULL,NULL,1.79527343503681898113e+09);
+INSERT INTO "judgements" VALUES(2,1,1,1,1,'1-1-1',-3,NULL,NULL,0,NULL,NULL,NULL,1.79527343503894519808e+09);
+INSERT INTO "judgements" VALUES(3,2,1,1,0,'2-1-0',NULL,NULL,NULL,0,NULL,NULL,NULL,1.79527343503981900215e+09);
 CREATE TABLE prompts (
 	id VARCHAR NOT NULL, 
 	messages JSON NOT NULL, 
@@ -98,7 +95,7 @@ CREATE TABLE rounds (
 	CHECK (overlap >= 1), 
 	UNIQUE (name)
 );
-INSERT INTO "rounds" VALUES(1,'r','person',2,1800.0,'');
+INSERT INTO "rounds" VALUES(1,'r','person',1,1800.0,'');
 CREATE TABLE sessions (
 	sha VARCHAR NOT NULL, 
 	annotator_id INTEGER NOT NULL, 
@@ -131,11 +128,8 @@ CREATE TABLE slots (
 	FOREIGN KEY(annotator_id) REFERENCES annotators (id)
 );
 INSERT INTO "slots" VALUES(1,1,1,0,5.37501509289106449429e-01,1,NULL,'done',1,1,NULL);
-INSERT INTO "slots" VALUES(2,1,1,1,5.37501509289106449429e-01,1,NULL,'done',2,1,NULL);
-INSERT INTO "slots" VALUES(3,2,1,0,5.15219063923775255631e-01,1,NULL,'done',1,1,NULL);
-INSERT INTO "slots" VALUES(4,2,1,1,5.15219063923775255631e-01,1,NULL,'open',2,1,1.79527694478477168084e+09);
-INSERT INTO "slots" VALUES(5,3,1,0,4.17527255437990851838e-01,1,NULL,'open',1,1,1.79527694467314100261e+09);
-INSERT INTO "slots" VALUES(6,3,1,1,4.17527255437990851838e-01,1,NULL,'free',NULL,0,NULL);
+INSERT INTO "slots" VALUES(2,2,1,0,5.15219063923775255631e-01,1,NULL,'done',1,1,NULL);
+INSERT INTO "slots" VALUES(3,3,1,0,4.17527255437990851838e-01,1,NULL,'free',NULL,0,NULL);
 CREATE TABLE tasks (
 	id INTEGER NOT NULL, 
 	round_id INTEGER NOT NULL, 
@@ -162,15 +156,12 @@ CREATE TABLE views (
 	FOREIGN KEY(slot_id) REFERENCES slots (id), 
 	FOREIGN KEY(annotator_id) REFERENCES annotators (id)
 );
-INSERT INTO "views" VALUES(1,1,1,'[0, 1]',1.79527514467314100272e+09);
-INSERT INTO "views" VALUES(3,1,1,'[0, 1]',1.79527514467314100272e+09);
-INSERT INTO "views" VALUES(5,1,1,'[0, 1]',1.79527514467314100272e+09);
-INSERT INTO "views" VALUES(2,1,2,'[0, 1]',1.79527514478477168082e+09);
-INSERT INTO "views" VALUES(4,1,2,'[0, 1]',1.79527514478477168082e+09);
+INSERT INTO "views" VALUES(1,1,1,'[0, 1]',1.7952734350284576416e+09);
+INSERT INTO "views" VALUES(2,1,1,'[0, 1]',1.7952734350284576416e+09);
+CREATE INDEX slots_count ON slots (round_id, active, state);
 CREATE INDEX slots_mine ON slots (annotator_id, round_id, state);
 CREATE INDEX slots_open ON slots (round_id, lease_until) WHERE state = 'open' AND active = 1;
 CREATE INDEX slots_free ON slots (round_id, priority desc, id) WHERE state = 'free' AND active = 1;
-CREATE INDEX slots_count ON slots (round_id, active, state);
 CREATE TRIGGER slots_stay BEFORE update ON slots WHEN old.state = 'done' AND (new.state <> 'done' OR new.annotator_id <> old.annotator_id OR new.lease <> old.lease) BEGIN SELECT RAISE(ABORT, 'done slots stay done'); END;
 CREATE TRIGGER slots_no_delete BEFORE delete ON slots BEGIN SELECT RAISE(ABORT, 'slots are never removed'); END;
 CREATE TRIGGER views_no_update BEFORE update ON views BEGIN SELECT RAISE(ABORT, 'views is append-only'); END;
