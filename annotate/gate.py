@@ -22,6 +22,7 @@ HOSTS = ("127.0.0.1", "localhost")
 OWN = {("GET", "/"), ("GET", "/enter"), ("POST", "/enter"), ("GET", "/whoami"), ("GET", "/favicon.ico")}
 ASSETS = re.compile(r"/label/((assets|static)(/[\w-][\w.-]*)+|theme\.css)", re.ASCII)
 RESEARCH = re.compile(r"/round(/round\.css|/round\.js|/disagreements|/annotator/[0-9]{1,15})?", re.ASCII)
+CHANGE = ("POST", "/round/state")
 PAGE = {"/label/", "/label/config", "/label/gradio_api/startup-events", "/label/gradio_api/theme.css"}
 CALL = "/label/gradio_api/component_server"
 LARGEST = 256 * 1024
@@ -155,7 +156,7 @@ def _refusal(scope: Scope, headers: Headers, alone: bool) -> Response | None:
         return PlainTextResponse("too large", 413)
     if (method, path) in OWN:
         return None
-    if method == "GET" and RESEARCH.fullmatch(path):
+    if (method == "GET" and RESEARCH.fullmatch(path)) or (method, path) == CHANGE:
         return _research(who, alone)
     asset = method == "GET" and ASSETS.fullmatch(path) is not None
     page = asset or (method == "GET" and path in PAGE)

@@ -63,6 +63,10 @@ class Person:
     ties: Share | None
     marks: dict[str, str] = field(default_factory=dict)
     """Column -> in which way they stand out, in words."""
+    checks: tuple[float, int] | None = None
+    """How many were answered right, of how many."""
+    repeats: tuple[float, int] | None = None
+    """How many were answered alike, of how many."""
 
 
 @dataclass(frozen=True)

@@ -6,14 +6,16 @@ No page names a policy: a researcher may label too. `annotate.gate` lets only re
 import math
 import threading
 import time
+from collections import defaultdict
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, cast, get_args
 
-from fastapi import FastAPI, Request
-from fastapi.responses import HTMLResponse, PlainTextResponse, Response
+from fastapi import FastAPI, Form, Request
+from fastapi.responses import HTMLResponse, PlainTextResponse, RedirectResponse, Response
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
+from annotate import quality
 from annotate.closeup import as_they_saw_them, in_drawn_order
 from annotate.ledger import Ledger
 from annotate.overview import Overview, Pace, Person, Share, disputed, newest, overview
@@ -41,6 +43,10 @@ def share(value: Share | None) -> str:
     return "" if value is None else percent(value.value)
 
 
+def tally(value: tuple[float, int] | None) -> str:
+    return f"{value[0] / value[1]:.0%} of {value[1]}" if value else ""
+
+
 def percent(value: float) -> str:
     return f"{value:.0%}"
 
@@ -54,6 +60,8 @@ COLUMNS = [
     Column("agreement", "Agree", "how often another label on the same task says the same", share),
     Column("first_shown", "First shown", "share of decided verdicts; 50% is no lean", share),
     Column("ties", "Ties", "share of verdicts", share),
+    Column("checks", "Checks", "share of tasks with a known answer that they answered right", tally),
+    Column("repeats", "Repeats", "share of tasks shown twice that they answered alike", tally),
     Column(
         "late", "Late", "came after the task had gone to someone else; not counted", lambda n: f"{n or ''}"
     ),
@@ -76,7 +84,15 @@ def add_researcher(app: FastAPI, store: Store, round_id: int, title: str) -> Non
     def whole(request: Request) -> Response:
         found = recent.overview()
         columns = [c for c in COLUMNS if any(c.text(getattr(p, c.key)) for p in found.people)]
-        return page(request, "round.html", it=found, columns=columns, facts=facts(found))
+        now = quality.state(store, round_id)
+        return page(request, "round.html", it=found, columns=columns, facts=facts(found), state=now)
+
+    @app.post("/round/state")
+    def change(state: str = Form("")) -> Response:
+        if state not in get_args(quality.State):
+            return PlainTextResponse(f"state: {', '.join(get_args(quality.State))}", 422)
+        quality.set_state(store, round_id, cast(quality.State, state))
+        return RedirectResponse("/round", 303)
 
     @app.get("/round/annotator/{annotator}")
     def one(request: Request, annotator: int) -> Response:
@@ -110,10 +126,27 @@ class Recent:
                 first = (
                     self._found is None
                 )  # which reads all, and loads libraries: not what the next will cost
-                self._found = overview(self._ledger)
+                self._found = with_quality(self._ledger, overview(self._ledger))
                 end = time.monotonic()
                 self._again = end if first else end + (end - start) / SHARE
             return self._found
+
+
+def with_quality(ledger: Ledger, found: Overview) -> Overview:
+    """With what checks and repeats say of each annotator, whose name is theirs alone in a round."""
+    checks: dict[str, list[float]] = defaultdict(list)
+    repeats: dict[str, list[float]] = defaultdict(list)
+    for answer in quality.accuracy(ledger.store, ledger.round_id):
+        checks[answer.annotator].append(float(answer.right))
+    for pair in quality.repeated(ledger.store, ledger.round_id):
+        repeats[pair.annotator].append(pair.alike)
+
+    def of(person: Person, values: dict[str, list[float]]) -> tuple[float, int] | None:
+        found = values.get(person.name)
+        return (sum(found), len(found)) if found else None
+
+    people = [replace(p, checks=of(p, checks), repeats=of(p, repeats)) for p in found.people]
+    return replace(found, people=people)
 
 
 @dataclass(frozen=True)

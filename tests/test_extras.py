@@ -74,9 +74,7 @@ def places(seen: list[Shown]) -> list[int]:
     return [place for place, view in enumerate(seen) if is_check(view)]
 
 
-def test_everyone_gets_every_check_once_among_the_other_tasks(
-    store: Store, fresh: Callable[[], str]
-) -> None:
+def test_everyone_gets_every_check_once_among_the_other_tasks(store: Store, fresh: Callable[[], str]) -> None:
     round_id = store.open_round("r", ITEMS, overlap=2, checks=CHECKS, salt="3")
     orders = []
     for who in ("ann", "bob"):

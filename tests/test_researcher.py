@@ -10,7 +10,12 @@ from typing import Any
 import pytest
 from playwright.sync_api import BrowserContext
 
+from annotate.ledger import Ledger
+from annotate.overview import overview
+from annotate.quality import state
 from annotate.queue import Shown
+from annotate.researcher import tally, with_quality
+from annotate.rules import Check, Rules
 from annotate.store import Store
 from stages import cli
 from tests.crowd import judge
@@ -101,6 +106,41 @@ def test_other_sites_other_methods_and_other_pages_are_refused(rita: Browser) ->
     for number in (0, 999, 10**15 - 1):
         status, _, body = rita.request("GET", f"/round/annotator/{number}", **HOST)
         assert (status, body) == (404, b"nobody of that number has labelled in this round")
+
+
+def test_a_researcher_pauses_and_resumes_the_round_and_nobody_else_does(
+    served: Served, rita: Browser
+) -> None:
+    _, ann = enter(served, served.store.invite("ann"))
+    assert ann.request("POST", "/round/state", "state=paused", FORM, **HOST)[0] == 403
+    assert (
+        rita.request("POST", "/round/state", "state=paused", FORM, **HOST, origin="https://evil.example")[0]
+        == 403
+    )
+    status, _, body = rita.request("POST", "/round/state", "state=gone", FORM, **HOST)
+    assert (status, body) == (422, b"state: open, paused, closed")
+    assert state(served.store, served.round) == "open"
+    for wanted, button in (("paused", b">Resume<"), ("closed", b">Open again<"), ("open", b">Pause<")):
+        status, headers, _ = rita.request("POST", "/round/state", f"state={wanted}", FORM, **HOST)
+        assert (status, headers["location"]) == (303, "/round")
+        assert state(served.store, served.round) == wanted
+        assert button in rita.request("GET", "/round", **HOST)[2]
+
+
+def test_checks_and_repeats_stand_beside_each_annotator(tmp_path: Path) -> None:
+    store = Store(f"sqlite:///{tmp_path}/labels.db")
+    texts = item(99).model_dump(include={"prompt", "completions"})
+    checks = [Check.model_validate(texts | {"better": 0})]
+    tasks = [item(n) for n in range(60)]
+    round_id = store.open_round("r", tasks, checks=checks, rules=Rules(repeats=0.2))
+    judge(store, round_id, "ann", time.time() - 100, lambda _: {"preference": 2, "client_ms": 900}, 60)
+    ledger = Ledger(store, round_id)
+    [ann] = with_quality(ledger, overview(ledger)).people
+    assert ann.checks in ((0.0, 1), (1.0, 1))
+    assert ann.repeats is not None and ann.repeats[1] >= 5
+    assert ann.repeats[0] == 0  # who always takes the first is never of one mind on both orders
+    assert tally(ann.repeats) == f"0% of {ann.repeats[1]}"
+    assert tally(None) == ""
 
 
 def test_no_page_names_a_policy_and_hostile_names_and_reasons_are_text(rita: Browser) -> None:

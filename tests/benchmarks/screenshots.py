@@ -15,6 +15,7 @@ from playwright.sync_api import Browser
 
 from annotate.queue import Shown
 from annotate.records import Item, Message, draw, prompt_id
+from annotate.rules import Check, Rules
 from stages import yamlfile
 from tests.crowd import judge
 from tests.desk import Desk, Served, chromium
@@ -129,7 +130,11 @@ def research(browser: Browser, folder: Path) -> None:
     tasks = items(120)
     for n in range(0, len(tasks), 2):  # neither place is always the better one
         tasks[n] = tasks[n].model_copy(update={"completions": tasks[n].completions[::-1]})
-    served = Served(folder, tasks, overlap=3)
+    known = [
+        Check(prompt=it.prompt, completions=it.completions, better=0 if "Monday" in it.completions[0] else 1)
+        for it in items(128)[120:]
+    ]
+    served = Served(folder, tasks, overlap=3, extras={"checks": known, "rules": Rules(repeats=0.1)})
     people = ["ann", "bob", "fern", "maja", "noor", "otter 7", "quick fox", "zoë"]
     start = time.time() - 5.2 * 3600
     for minute in range(5, 310, 5):
