@@ -143,16 +143,20 @@ def _called(name: str, function: Callable[..., Any], arguments: Mapping[str, Any
     taken = _taken(name, function, arguments)
     if isinstance(function, ModelReward):
         return function(**taken)
-    try:
-        return once(lambda: function(**taken))
-    except Exception as error:
-        frames = extract_tb(error.__traceback__)[1:2]  # where in the function, not below it
-        where = "".join(f" in line {frame.lineno} of {Path(frame.filename).name}" for frame in frames)
-        reason = " ".join(f"{type(error).__name__}: {error}".split())
-        raise RewardError(
-            f"reward function {name}: raised {reason}{where}, when called with {len(arguments['prompts'])} "
-            "prompts; mend it or leave it out"
-        ) from error
+
+    def call() -> Any:
+        try:
+            return function(**taken)
+        except Exception as error:
+            frames = extract_tb(error.__traceback__)[1:2]  # where in the function, not below it
+            where = "".join(f" in line {frame.lineno} of {Path(frame.filename).name}" for frame in frames)
+            reason = " ".join(f"{type(error).__name__}: {error}".split())
+            raise RewardError(
+                f"reward function {name}: raised {reason}{where}, when called with "
+                f"{len(arguments['prompts'])} prompts; mend it or leave it out"
+            ) from error
+
+    return once(call)
 
 
 def _taken(name: str, function: Callable[..., Any], arguments: Mapping[str, Any]) -> dict[str, Any]:

@@ -79,13 +79,20 @@ def _plain_group() -> Any:
 
 
 def sum_gradients(parameters: Iterable[nn.Parameter]) -> None:
-    """Add up the gradients that the processes found, each on its share of a step."""
-    if place()[1] > 1:
-        for parameter in parameters:
-            if parameter.requires_grad:
-                if parameter.grad is None:
-                    parameter.grad = parameter.new_zeros(parameter.shape)
-                dist.all_reduce(parameter.grad)
+    """Add up the gradients that the processes found, each on its share of a step.
+
+    What has none in any process keeps none: an optimiser would decay it, and move it by its momentum.
+    """
+    if place()[1] == 1:
+        return
+    trained = [parameter for parameter in parameters if parameter.requires_grad]
+    reached = torch.tensor([p.grad is not None for p in trained], dtype=torch.int32, device=trained[0].device)
+    dist.all_reduce(reached, dist.ReduceOp.MAX)
+    for parameter, moves in zip(trained, reached.tolist(), strict=True):
+        if moves:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+            dist.all_reduce(parameter.grad)
 
 
 def summed(values: Mapping[str, float]) -> dict[str, float]:

@@ -20,11 +20,11 @@ from torch import Tensor, nn
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from reward.batch import micro_batches
-from reward.parallel import once, place, sum_gradients, summed
+from reward.parallel import once, place, sum_gradients, summed, wait
 from reward.paths import choose, describe
 from reward.tokens import shares, token_budget
 from stages.config import UserError
-from stages.run import Run
+from stages.run import Run, is_writer
 
 COMPLETE = "complete"
 """Marks a checkpoint folder whose files are all there: the Trainer writes them one after another."""
@@ -116,7 +116,9 @@ class Engine(Trainer):
         """Forward and backward of one whole optimiser step, micro-batch by micro-batch."""
         model.train()
         total = torch.zeros((), device=self.args.device)
-        weight = self.objective.weight(inputs) if inputs else 1.0
+        if not inputs:
+            return total
+        weight = self.objective.weight(inputs)
         sums: dict[str, float] = defaultdict(float)
         mine = _my_share(inputs)
         for group in micro_batches(mine, self.max_tokens, shares(self.model)):
@@ -130,7 +132,7 @@ class Engine(Trainer):
         total += found.pop("loss", 0.0)
         for name, mean in found.items():
             self.sums[name] += mean
-        self.sums["steps"] += bool(inputs)
+        self.sums["steps"] += 1
         return total
 
     def _clip_grad_norm(self, model: nn.Module) -> Tensor:
@@ -224,7 +226,9 @@ class Reporting(TrainerCallback):
             self.bar.advance(0, **{name: numbers[name] for name in self.shown if name in numbers})
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        (Path(args.output_dir) / f"checkpoint-{state.global_step}" / COMPLETE).touch()
+        wait()  # until every process has written its part
+        if is_writer():
+            (Path(args.output_dir) / f"checkpoint-{state.global_step}" / COMPLETE).touch()
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.bar.__exit__(None, None, None)
@@ -257,6 +261,8 @@ def arguments(run: Run, trainer: dict[str, Any], kind: Any = TrainingArguments, 
 
 def train(engine: Trainer, run: Run) -> None:
     """Train to the end, from the newest whole checkpoint of an earlier attempt if there is one."""
+    if place()[1] > 1 and not isinstance(engine, Engine):
+        raise UserError("TRL trains it, in one process here: run it without torchrun")
     engine.remove_callback(PrinterCallback)  # what it prints is in the progress line and in metrics.jsonl
     folder = Path(engine.args.output_dir)
     newest = once(lambda: _newest(folder))

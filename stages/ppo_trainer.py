@@ -231,7 +231,10 @@ class PPOTrainer(Engine):
         self, model: nn.Module, inputs: Sequence[Any], num_items_in_batch: Any = None
     ) -> Tensor:
         loss, objective = super().training_step(model, inputs, num_items_in_batch), vars(self.objective)
-        objective |= summed({name: objective[name] for name in ("ratio", "kl")})  # all stop for one reason
+        if inputs:
+            objective |= summed(
+                {name: objective[name] for name in ("ratio", "kl")}
+            )  # all stop for one reason
         return loss
 
     def _clip_grad_norm(self, model: nn.Module) -> Tensor:
