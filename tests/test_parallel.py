@@ -119,8 +119,8 @@ from stages.ppo_trainer import PPOConfig, PPOTrainer
 folder, out = sys.argv[1:]
 together = {"use_cpu": True, "ddp_backend": "gloo"} if place()[1] > 1 else {}
 args = PPOConfig(out, total_episodes=48, per_device_train_batch_size=4, num_mini_batches=2,
-    num_ppo_epochs=2, response_length=4, learning_rate=1e-2, weight_decay=0.1, target_kl=1e-7, critic_warmup=1, report_to="none",
-    save_strategy="no", **together)
+    num_ppo_epochs=2, response_length=4, learning_rate=1e-2, weight_decay=0.1, target_kl=1e-7,
+    critic_warmup=1, report_to="none", save_strategy="no", **together)
 def score(completion_ids, **_):
     return [float(len(ids)) for ids in completion_ids]
 trainer = PPOTrainer(folder, score, args, [{"prompt": "hello"}, {"prompt": "there"}])
