@@ -167,6 +167,16 @@ def test_who_qualifies_goes_on_and_who_does_not_gets_nothing(store: Store) -> No
     assert store.progress(round_id) == Progress(40, 20)
 
 
+def test_who_does_not_qualify_gets_nothing_by_another_answer_and_who_does_goes_on(store: Store) -> None:
+    round_id = store.open_round("r", ITEMS[:20], overlap=2, checks=CHECKS, rules=QUALIFY)
+    for who, judge, then, standing in (("ann", wrong, right, "unqualified"), ("bob", right, wrong, "open")):
+        me, seen = store.annotator(who), work(store, round_id, who, judge, most=3)
+        again = [Label(token=f"{view.key}-1", preference=then(view)) for view in seen]
+        statuses, views = store.step(round_id, me, again, want=4)
+        assert statuses == ["saved"] * 3 and bool(views) == (standing == "open")
+        assert quality.standing(store, round_id, me) == standing
+
+
 def test_nothing_else_is_handed_out_before_the_last_qualifying_check_is_answered(store: Store) -> None:
     round_id = store.open_round("r", ITEMS[:20], checks=CHECKS, rules=QUALIFY)
     me = store.annotator("ann")
