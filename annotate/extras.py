@@ -188,8 +188,10 @@ def _repeat(x: Connection, have: Parts, me: int, name: str, salt: str) -> tuple[
     row = min(rows, key=lambda row: draw(salt, "repeat", name, row.key))
     same = select(Task.id, Task.key, Task.response_ids).where(Task.round_id == part, Task.key == row.key)
     if x.execute(same).first() is None:
-        texts = {"prompt_id": row.prompt_id, "response_ids": row.response_ids}
-        rounds.add(x, Task, round_id=part, key=row.key, policies=row.policies, **texts)
+        # Another may be adding it. Whoever adds holds the part, so that nobody can wait in a circle.
+        x.execute(select(Round.id).where(Round.id == part).with_for_update(key_share=True))
+        texts = {"prompt_id": row.prompt_id, "response_ids": row.response_ids, "policies": row.policies}
+        rounds.add_missing(x, Task, [{"round_id": part, "key": row.key, **texts}])
     return x.execute(same).one(), row.display_order[::-1]
 
 

@@ -1,17 +1,21 @@
 """Checks, qualification, limits, repeats, and the state of a round: what is handed out and what counts."""
 
+import contextlib
 import random
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
+from threading import Barrier, BrokenBarrierError
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from sqlalchemy import event, text
 
-from annotate import quality
+from annotate import extras, quality
 from annotate.form import Answers, Form
 from annotate.keys import FIRST, hidden, plain
 from annotate.queue import Label, Shown
@@ -228,6 +232,31 @@ def test_repeats_come_later_in_reversed_order_and_do_not_count(store: Store) -> 
         assert len(store.history(round_id, me, 200)) == len(seen)  # and can be corrected as any other
     assert len(store.labels(round_id)) == 120 == store.progress(round_id).done
     assert counts(store, "select count(*) from tasks where round_id > 1") <= 24
+
+
+def test_two_who_are_due_for_the_same_repeats_at_once_both_get_them(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each adds one that the other wants next, unless one of them waits."""
+    round_id = store.open_round("r", ITEMS, overlap=2, rules=Rules(repeats=100), salt="2")
+    people = [store.annotator(who) for who in ("ann", "bob")]
+    for me in people:
+        _, views = store.step(round_id, me, want=12)
+        said = [Label(token=f"{v.key}-0", preference=2 if n < 2 else None) for n, v in enumerate(views)]
+        assert store.step(round_id, me, said)[0] == ["saved"] * 12
+    both, repeat = Barrier(2), extras._repeat
+
+    def slow(*args: Any) -> Any:
+        found = repeat(*args)
+        with contextlib.suppress(BrokenBarrierError):
+            both.wait(0.5)
+        return found
+
+    monkeypatch.setattr(extras, "_repeat", slow)
+    with ThreadPoolExecutor(2) as pool:
+        steps = [pool.submit(store.step, round_id, me, (), 2) for me in people]
+        ann, bob = ([view.task for view in step.result(timeout=60)[1]] for step in steps)
+    assert set(ann) == {view.task for view in views[:2]} and ann == bob[::-1]
 
 
 def test_consistency_and_lean_are_those_of_the_two_showings(store: Store) -> None:
@@ -452,4 +481,4 @@ def test_a_step_takes_as_many_statements_after_many_labels_and_no_more_where_the
     more = usual - 14  # of tasks with several slots PostgreSQL is asked for one at a time
     assert set(without) == {usual}
     assert min(with_rules) == usual + 3 + more  # the parts of the round, and how much there was of each
-    assert max(with_rules) <= usual + 3 + more + 6  # where a check or a repeat is handed out
+    assert max(with_rules) <= usual + 3 + more + 7  # where a check or a repeat is handed out
