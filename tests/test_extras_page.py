@@ -203,3 +203,31 @@ def test_a_page_that_is_open_when_the_round_closes_says_so(browser: Chromium, tm
     assert len(served.labels("ann")) == 1
     context.close()
     served.kill()
+
+
+def test_labels_that_came_while_the_round_was_closed_are_asked_for_again_when_it_opens(
+    browser: Chromium, tmp_path: Path
+) -> None:
+    served = Served(tmp_path, [item(n) for n in range(4)])
+    context = browser.new_context()
+    desk = Desk(context, served, "ann")
+    context.set_offline(True)
+    for _ in range(4):
+        key = desk.page.get_attribute(".stage", "data-task")
+        desk.press("2")
+        desk.page.wait_for_function("key => document.querySelector('.stage').dataset.task !== key", arg=key)
+    desk.press("u")  # looks at one of them meanwhile
+    quality.set_state(served.store, served.round, "closed")
+    context.set_offline(False)
+    desk.sent()
+    assert "4 not counted: the round was closed" in desk.page.inner_text(".saving")
+    quality.set_state(served.store, served.round, "open")
+    desk.page.keyboard.press("Enter")
+    for done in range(1, 5):
+        desk.page.wait_for_selector('.stage[data-state="task"]', timeout=30_000)
+        desk.press("2")
+        desk.sent()
+        assert len(served.labels("ann")) == done
+    assert desk.page.inner_text(".progress") == "4 of 4" and desk.faults == []
+    context.close()
+    served.kill()

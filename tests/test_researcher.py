@@ -261,6 +261,25 @@ def test_the_page_renews_itself_where_the_reader_is(
     page.context.close()
 
 
+def test_closing_the_round_is_asked_about_first(
+    contexts: Callable[..., BrowserContext], tmp_path: Path
+) -> None:
+    served = Served(tmp_path, [item(0)])
+    page = contexts().new_page()
+    page.goto(f"{served.home}/round")
+    asked: list[str] = []
+    page.once("dialog", lambda dialog: (asked.append(dialog.message), dialog.dismiss()))
+    page.click("text=Close")
+    page.reload()
+    assert state(served.store, served.round) == "open" and asked[0].startswith("Close the round?")
+    page.once("dialog", lambda dialog: dialog.accept())
+    page.click("text=Close")
+    page.wait_for_selector("text=Open again")
+    assert state(served.store, served.round) == "closed"
+    page.context.close()
+    served.kill()
+
+
 @pytest.mark.parametrize("width", [1200, 390])
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_no_researchers_page_has_a_serious_fault_or_is_wider_than_the_screen(
