@@ -8,6 +8,7 @@ import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any, cast, get_args
 
@@ -19,6 +20,7 @@ from annotate import quality
 from annotate.closeup import as_they_saw_them, in_drawn_order
 from annotate.ledger import Ledger
 from annotate.overview import Overview, Pace, Person, Share, disputed, newest, overview
+from annotate.records import DataError
 from annotate.statistics import Estimate
 from annotate.store import Store
 
@@ -73,7 +75,7 @@ def add_researcher(app: FastAPI, store: Store, round_id: int, title: str) -> Non
     ledger = Ledger(store, round_id)
     recent = Recent(ledger)
     # All labels so far are read while the server starts, so that nobody waits for it.
-    threading.Thread(target=recent.overview, daemon=True).start()
+    threading.Thread(target=recent.begin, daemon=True).start()
 
     def page(request: Request, name: str, **values: Any) -> Response:
         who = request.scope["annotator"]
@@ -118,6 +120,10 @@ class Recent:
         self._ledger, self._lock = ledger, threading.Lock()
         self._found: Overview | None = None
         self._again = 0.0
+
+    def begin(self) -> None:
+        with suppress(DataError):  # whoever looks is told
+            self.overview()
 
     def overview(self) -> Overview:
         with self._lock:
