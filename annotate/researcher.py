@@ -15,12 +15,14 @@ from typing import Any, cast, get_args
 from fastapi import FastAPI, Form, Request
 from fastapi.responses import HTMLResponse, PlainTextResponse, RedirectResponse, Response
 from jinja2 import Environment, PackageLoader, StrictUndefined
+from sqlalchemy import func, select
 
 from annotate import quality
 from annotate.closeup import as_they_saw_them, in_drawn_order
 from annotate.ledger import Ledger
 from annotate.overview import Overview, Pace, Person, Share, disputed, newest, overview
 from annotate.records import DataError
+from annotate.schema import Annotator, Judgement, Round, Slot
 from annotate.statistics import Estimate
 from annotate.store import Store
 
@@ -151,8 +153,26 @@ def with_quality(ledger: Ledger, found: Overview) -> Overview:
         found = values.get(person.name)
         return (sum(found), len(found)) if found else None
 
-    people = [replace(p, checks=of(p, checks), repeats=of(p, repeats)) for p in found.people]
+    everyone = [*found.people, *_only_checked(ledger, {person.id for person in found.people})]
+    people = [replace(p, checks=of(p, checks), repeats=of(p, repeats)) for p in everyone]
     return replace(found, people=people)
+
+
+def _only_checked(ledger: Ledger, known: set[int]) -> list[Person]:
+    """Those besides the `known` who answered checks and gave no label, as who did not qualify."""
+    said = (
+        select(Annotator.id, Annotator.name, func.max(Judgement.at))
+        .join(Judgement, Judgement.annotator_id == Annotator.id)
+        .join(Slot, Slot.id == Judgement.slot_id)
+        .join(Round, Round.id == Slot.round_id)
+        .where(Round.part_of == ledger.round_id, Round.purpose == "check", Judgement.rev.is_not(None))
+        .group_by(Annotator.id, Annotator.name)
+        .order_by(Annotator.name)
+    )
+    nothing: dict[str, Any] = dict.fromkeys(("seconds", "skips", "hasty", "agreement", "first_shown", "ties"))
+    with ledger.store.reading() as x:
+        found = x.execute(said).all()
+    return [Person(i, name, 0, 0, 0, last=at, **nothing) for i, name, at in found if i not in known]
 
 
 @dataclass(frozen=True)

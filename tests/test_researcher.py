@@ -8,14 +8,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from fastapi.testclient import TestClient
 from playwright.sync_api import BrowserContext
 
+from annotate.app import application
 from annotate.ledger import Ledger
 from annotate.overview import overview
 from annotate.quality import state
 from annotate.queue import Shown
 from annotate.researcher import tally, with_quality
-from annotate.rules import Check, Rules
+from annotate.rules import Check, Qualify, Rules
 from annotate.store import Store
 from stages import cli
 from tests.crowd import judge
@@ -141,6 +143,21 @@ def test_checks_and_repeats_stand_beside_each_annotator(tmp_path: Path) -> None:
     assert ann.repeats[0] == 0  # who always takes the first is never of one mind on both orders
     assert tally(ann.repeats) == f"0% of {ann.repeats[1]}"
     assert tally(None) == ""
+
+
+def test_who_answered_only_checks_is_there_too(fresh: Callable[[], str]) -> None:
+    store, texts = Store(fresh()), item(99).model_dump(include={"prompt", "completions"})
+    checks, rules = [Check.model_validate(texts | {"better": 0})], Rules(qualify=Qualify(checks=1, right=1))
+    round_id = store.open_round("r", [item(0)], checks=checks, rules=rules)
+    judge(store, round_id, "ann", time.time() - 100, lambda _: {"preference": 0})
+    ledger = Ledger(store, round_id)
+    [ann] = with_quality(ledger, overview(ledger)).people
+    assert (ann.name, ann.labels, ann.checks) == ("ann", 0, (0.0, 1)) and time.time() - ann.last > 99
+    browser = TestClient(application(store, round_id, "r"), "http://127.0.0.1")
+    assert "0% of 1" in browser.get("/round").text
+    alone = browser.get(f"/round/annotator/{ann.id}")
+    assert alone.status_code == 200 and "0% of 1" in alone.text and "No labels in this round" in alone.text
+    store.close()
 
 
 def test_no_page_names_a_policy_and_hostile_names_and_reasons_are_text(rita: Browser) -> None:
