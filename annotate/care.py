@@ -10,6 +10,7 @@ from sqlalchemy.exc import DBAPIError
 
 from annotate.engine import fault, open_engine, printable
 from annotate.records import DataError
+from annotate.schema import VERSION
 
 _COUNTED = """
     SELECT count(DISTINCT slot_id) FROM judgements JOIN slots ON slots.id = slot_id
@@ -60,6 +61,7 @@ FAULTS = {
 def check(url: str) -> tuple[dict[str, int], list[str]]:
     """(counts of what there is, everything that is wrong). Reads only; people may be working.
 
+    Of a database of an older version the file and its references alone, and the count is its version.
     Raises DataError where there is none, or none that can be reached.
     """
     counts: dict[str, int] = {}
@@ -89,6 +91,10 @@ def _look(x: Connection, counts: dict[str, int], faults: list[str]) -> None:
         raise DataError(f"{printable(str(x.engine.url))}: no label database there yet")
     elif x.execute(text("SHOW fsync")).scalar() != "on":
         faults.append("the server runs with fsync=off: what it says is saved may not be on its disk")
+    version = x.execute(text("SELECT version FROM database")).scalar()
+    if version is not None and version < VERSION:
+        counts[f"is its version, and {VERSION} this prefloop's: opening it upgrades it"] = version
+        return
     for name, query in COUNTS.items():
         counts[name] = int(x.execute(text(query)).scalar_one())
     for name, query in FAULTS.items():
