@@ -61,7 +61,7 @@ def test_the_browser_cannot_tell_a_check_or_a_repeat_from_any_other_task(silent:
     keys = [task["key"] for task, _ in done]
     assert len(done) > 38 and len(set(keys)) == len(keys)
     assert {frozenset(task) for task, _ in done} == {frozenset({"key", "messages", "completions"})}
-    assert {(len(key), key.split("-")[1]) for key in keys} == {(len("1" * 15 + "-1"), "1")}
+    assert {(len(key), key.split("-")[1]) for key in keys} == {(len("1" * 19 + "-0"), "0")}
     numbers = sorted(int(key.split("-")[0]) for key in keys)
     extra = {
         int(t["key"].split("-")[0]) for n, (t, _) in enumerate(done) if is_check(t) or is_repeat(done, n)
@@ -93,15 +93,18 @@ def test_history_and_markdown_know_extras_by_the_same_keys(silent: Served) -> No
     assert Browser(silent, "eve").step({"token": some[0] + "-c", "preference": 0})["statuses"] == ["refused"]
 
 
-def test_a_bare_slot_number_gets_no_text_and_its_label_is_still_kept(silent: Served) -> None:
-    """A browser may hold labels from before keys were hidden."""
+def test_a_bare_slot_number_gets_no_text_and_its_label_is_refused(silent: Served) -> None:
+    """Else one could find out which slots are one's own, and so which of one's tasks were made late."""
     cat = Browser(silent, "cat")
     [task] = cat.step(want=1)["tasks"]
     me = silent.store.annotator("cat")
     [shown] = silent.store.step(silent.round, me, want=1)[1]
     assert shown.key != task["key"] and shown.completions == task["completions"]
     assert cat.call("markdown", {"keys": [shown.key]})[1] == {"ok": True, "html": {}}
-    assert cat.step({"token": shown.key + "-a", "preference": 1})["statuses"] == ["saved"]
+    assert cat.step({"token": shown.key + "-a", "preference": 1})["statuses"] == ["refused"]
+    both = [{"token": f"{key}-a", "preference": 1} for key in ("9" * 19 + "-1", shown.key, task["key"])]
+    answer = cat.call("step", {"labels": both, "want": 0})[1]
+    assert answer["statuses"] == ["refused", "refused", "saved"]
 
 
 def test_feedback_comes_with_the_answer_and_again_with_a_retry(tmp_path: Path) -> None:
