@@ -13,11 +13,12 @@ from importlib.resources import files
 from typing import Any
 
 from fastapi import FastAPI
+from fastapi.responses import PlainTextResponse
 
 from annotate.calls import FUNCTIONS, Calls
 from annotate.entry import add_entry
 from annotate.form import Form
-from annotate.gate import Gate
+from annotate.gate import UNREACHABLE, Gate
 from annotate.records import DataError
 from annotate.researcher import add_researcher
 from annotate.store import Store, Who
@@ -86,6 +87,7 @@ def application(
     if name is not None:
         store.annotator(name)  # refuses a bad name now rather than in the browser
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
+    app.add_exception_handler(DataError, lambda *_: PlainTextResponse(UNREACHABLE, 503))
     add_entry(app, store, name, url)
     add_researcher(app, store, round_id, title)
     form = form or Form()

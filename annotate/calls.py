@@ -6,7 +6,7 @@ from pydantic import Field, ValidationError
 
 from annotate import quality
 from annotate.form import Closed, Form
-from annotate.keys import hidden, plain
+from annotate.keys import hidden, is_hidden, plain
 from annotate.markdown import render
 from annotate.queue import KEY, Label, Shown
 from annotate.records import DataError
@@ -74,10 +74,14 @@ class Calls:
         """Record labels and hand out tasks: answered when both are on disk."""
         try:
             asked = Step.model_validate(argument)
-            statuses, shown = self.store.step(self.round_id, who[0], asked.labels, asked.want)
+            # A bare number must tell nothing, not even whether it is one's own.
+            labels = [label for label in asked.labels if is_hidden(label.token)]
+            told, shown = self.store.step(self.round_id, who[0], labels, asked.want)
             progress = {"progress": self._progress(who)} if asked.count else {}
         except (ValidationError, DataError) as error:
             return {"error": f"not saved: {_said(error)}"}
+        of = iter(told)
+        statuses = [next(of) if is_hidden(label.token) else "refused" for label in asked.labels]
         answer = {"ok": True, "statuses": statuses, "tasks": [self._task(task) for task in shown]}
         answer["served"] = self.served
         if len(shown) < asked.want:
@@ -90,12 +94,11 @@ class Calls:
         """HTML of the texts of tasks that this annotator holds."""
         try:
             asked = Markdown.model_validate(argument)
-            keys = {plain(self.store.id, key): key for key in asked.keys}
+            keys = {plain(self.store.id, key): key for key in asked.keys if is_hidden(key)}
             held = self.store.held(self.round_id, who[0], list(keys))
         except (ValidationError, DataError) as error:
             return {"error": f"not rendered: {_said(error)}"}
-        known = [task for task in held if keys[task.key] != task.key]  # a bare number must tell nothing
-        return {"ok": True, "html": {keys[task.key]: _html(task) for task in known}}
+        return {"ok": True, "html": {keys[task.key]: _html(task) for task in held}}
 
     def _progress(self, who: Who) -> dict[str, int]:
         mine = quality.progress(self.store, self.round_id, who[0])

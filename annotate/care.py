@@ -10,6 +10,7 @@ from sqlalchemy.exc import DBAPIError
 
 from annotate.engine import fault, open_engine, printable
 from annotate.records import DataError
+from annotate.schema import VERSION
 
 _COUNTED = """
     SELECT count(DISTINCT slot_id) FROM judgements JOIN slots ON slots.id = slot_id
@@ -60,6 +61,7 @@ FAULTS = {
 def check(url: str) -> tuple[dict[str, int], list[str]]:
     """(counts of what there is, everything that is wrong). Reads only; people may be working.
 
+    Of a database of an older version the file and its references alone, and the count is its version.
     Raises DataError where there is none, or none that can be reached.
     """
     counts: dict[str, int] = {}
@@ -67,7 +69,8 @@ def check(url: str) -> tuple[dict[str, int], list[str]]:
     engine = _existing(url)
     try:
         with engine.connect().execution_options(read=True) as x:
-            _look(x, counts, faults)
+            _ground(x, faults)
+            _rows(x, counts, faults)
     except DBAPIError as error:
         if engine.dialect.name != "sqlite":
             raise DataError(f"{printable(url)}: {fault(error)}") from None
@@ -77,7 +80,7 @@ def check(url: str) -> tuple[dict[str, int], list[str]]:
     return counts, faults
 
 
-def _look(x: Connection, counts: dict[str, int], faults: list[str]) -> None:
+def _ground(x: Connection, faults: list[str]) -> None:
     if x.dialect.name == "sqlite":
         for row in x.execute(text("PRAGMA integrity_check")):
             if row[0] != "ok":
@@ -89,6 +92,13 @@ def _look(x: Connection, counts: dict[str, int], faults: list[str]) -> None:
         raise DataError(f"{printable(str(x.engine.url))}: no label database there yet")
     elif x.execute(text("SHOW fsync")).scalar() != "on":
         faults.append("the server runs with fsync=off: what it says is saved may not be on its disk")
+
+
+def _rows(x: Connection, counts: dict[str, int], faults: list[str]) -> None:
+    version = x.execute(text("SELECT version FROM database")).scalar()
+    if version is not None and version < VERSION:
+        counts[f"is its version, and {VERSION} this prefloop's: opening it upgrades it"] = version
+        return
     for name, query in COUNTS.items():
         counts[name] = int(x.execute(text(query)).scalar_one())
     for name, query in FAULTS.items():

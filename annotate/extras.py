@@ -129,8 +129,9 @@ def qualified(x: Connection, rules: Rules, have: Parts, me: int) -> bool:
     """Whether enough of the checks that come first were answered right."""
     if rules.qualify is None or "check" not in have:
         return True
-    first = [a for a in answers(x, have["check"], me) if a.place is not None and a.place < rules.first]
-    return sum(answer.right for answer in first) >= rules.qualify.right * rules.first
+    said = answers(x, have["check"], me, first=True)  # else one could try until it is right
+    asked = [answer for answer in said if answer.place is not None and answer.place < rules.first]
+    return sum(answer.right for answer in asked) >= rules.qualify.right * rules.first
 
 
 def hand_out(
@@ -187,8 +188,10 @@ def _repeat(x: Connection, have: Parts, me: int, name: str, salt: str) -> tuple[
     row = min(rows, key=lambda row: draw(salt, "repeat", name, row.key))
     same = select(Task.id, Task.key, Task.response_ids).where(Task.round_id == part, Task.key == row.key)
     if x.execute(same).first() is None:
-        texts = {"prompt_id": row.prompt_id, "response_ids": row.response_ids}
-        rounds.add(x, Task, round_id=part, key=row.key, policies=row.policies, **texts)
+        # Another may be adding it. Whoever adds holds the part, so that nobody can wait in a circle.
+        x.execute(select(Round.id).where(Round.id == part).with_for_update(key_share=True))
+        texts = {"prompt_id": row.prompt_id, "response_ids": row.response_ids, "policies": row.policies}
+        rounds.add_missing(x, Task, [{"round_id": part, "key": row.key, **texts}])
     return x.execute(same).one(), row.display_order[::-1]
 
 
@@ -203,15 +206,18 @@ def _verdict(row: Any) -> bool:
     return row.preference is not None or bool(said.get("ranking")) or said.get("rating") is not None
 
 
-def answers(x: Connection, part: int, me: int | None = None) -> list[Answer]:
-    """Answers to the checks of this part by everyone, or by `me`; sorted by annotator and task."""
+def answers(x: Connection, part: int, me: int | None = None, first: bool = False) -> list[Answer]:
+    """Answers to the checks of this part by everyone, or by `me`; sorted by annotator and task.
+
+    `first`: the first answer to each, whether they were told or not.
+    """
     query = _ANSWERS.where(Slot.round_id == part)
     if me is not None:
         query = query.where(Slot.annotator_id == me)
     counted: dict[int, Answer] = {}
     for row in x.execute(query):
         known = Known.model_validate(row.known)
-        if known.feedback is None or row.slot_id not in counted:
+        if row.slot_id not in counted or (known.feedback is None and not first):
             right = known.right(row.preference, Answers.model_validate(row.answers or {}))
             counted[row.slot_id] = Answer(row.name, row.key, known.place, right)
     return sorted(counted.values(), key=lambda answer: (answer.annotator, answer.task))

@@ -33,6 +33,8 @@ REMEMBERED = 2.0
 """Seconds until a session is looked up again, and so until one that ended is shut out."""
 FORWARDED = (b"forwarded", b"x-forwarded-", b"x-gradio-")
 """Headers by which Gradio would let a request say where the page lives."""
+UNREACHABLE = "the label database does not answer"
+"""To a browser; what the database said is for those who run the server."""
 HEADERS = {
     # Gradio's own page needs inline scripts and eval; nothing may be loaded from or sent to another host.
     "content-security-policy": "default-src 'none'; script-src 'self' 'unsafe-inline' 'unsafe-eval'; "
@@ -78,8 +80,8 @@ class Gate:
         headers = Headers(scope=scope)
         try:
             scope["annotator"] = self._who(headers)
-        except DataError:  # its message is for those who run the server, and nobody has come in yet
-            return await PlainTextResponse("the label database does not answer", 503)(scope, receive, send)
+        except DataError:
+            return await PlainTextResponse(UNREACHABLE, 503)(scope, receive, send)
         origin = self._origin(headers.get("host", ""))
         scope["scheme"] = (origin or "http").partition(":")[0]
         answer: ASGIApp = _foreign(headers, origin) or _refusal(scope, headers, self.url is None) or self.app

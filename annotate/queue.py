@@ -22,10 +22,10 @@ from annotate.keys import plain
 from annotate.records import DataError, draw
 from annotate.rules import Purpose
 
-TOKEN = re.compile(r"(\d{1,15})-(\d{1,9})-[0-9a-z]{1,20}", re.ASCII)
+TOKEN = re.compile(r"(\d{1,19})-(\d{1,9})-[0-9a-z]{1,20}", re.ASCII)
 """slot - lease - anything that tells this attempt from others. A retry must send the same token."""
 
-KEY = Annotated[str, Field(pattern=r"^[0-9]{1,15}-[0-9]{1,9}$")]
+KEY = Annotated[str, Field(pattern=r"^[0-9]{1,19}-[0-9]{1,9}$")]
 """slot - lease"""
 Status = Literal["saved", "duplicate", "late", "refused"]
 """duplicate: this token was recorded before. late: the task had gone to someone else, or the round

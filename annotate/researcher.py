@@ -8,17 +8,21 @@ import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any, cast, get_args
 
 from fastapi import FastAPI, Form, Request
 from fastapi.responses import HTMLResponse, PlainTextResponse, RedirectResponse, Response
 from jinja2 import Environment, PackageLoader, StrictUndefined
+from sqlalchemy import func, select
 
 from annotate import quality
 from annotate.closeup import as_they_saw_them, in_drawn_order
 from annotate.ledger import Ledger
 from annotate.overview import Overview, Pace, Person, Share, disputed, newest, overview
+from annotate.records import DataError
+from annotate.schema import Annotator, Judgement, Round, Slot
 from annotate.statistics import Estimate
 from annotate.store import Store
 
@@ -73,7 +77,7 @@ def add_researcher(app: FastAPI, store: Store, round_id: int, title: str) -> Non
     ledger = Ledger(store, round_id)
     recent = Recent(ledger)
     # All labels so far are read while the server starts, so that nobody waits for it.
-    threading.Thread(target=recent.overview, daemon=True).start()
+    threading.Thread(target=recent.begin, daemon=True).start()
 
     def page(request: Request, name: str, **values: Any) -> Response:
         who = request.scope["annotator"]
@@ -119,6 +123,10 @@ class Recent:
         self._found: Overview | None = None
         self._again = 0.0
 
+    def begin(self) -> None:
+        with suppress(DataError):  # whoever looks is told
+            self.overview()
+
     def overview(self) -> Overview:
         with self._lock:
             start = time.monotonic()
@@ -145,8 +153,26 @@ def with_quality(ledger: Ledger, found: Overview) -> Overview:
         found = values.get(person.name)
         return (sum(found), len(found)) if found else None
 
-    people = [replace(p, checks=of(p, checks), repeats=of(p, repeats)) for p in found.people]
+    everyone = [*found.people, *_only_checked(ledger, {person.id for person in found.people})]
+    people = [replace(p, checks=of(p, checks), repeats=of(p, repeats)) for p in everyone]
     return replace(found, people=people)
+
+
+def _only_checked(ledger: Ledger, known: set[int]) -> list[Person]:
+    """Those besides the `known` who answered checks and gave no label, as who did not qualify."""
+    said = (
+        select(Annotator.id, Annotator.name, func.max(Judgement.at))
+        .join(Judgement, Judgement.annotator_id == Annotator.id)
+        .join(Slot, Slot.id == Judgement.slot_id)
+        .join(Round, Round.id == Slot.round_id)
+        .where(Round.part_of == ledger.round_id, Round.purpose == "check", Judgement.rev.is_not(None))
+        .group_by(Annotator.id, Annotator.name)
+        .order_by(Annotator.name)
+    )
+    nothing: dict[str, Any] = dict.fromkeys(("seconds", "skips", "hasty", "agreement", "first_shown", "ties"))
+    with ledger.store.reading() as x:
+        found = x.execute(said).all()
+    return [Person(i, name, 0, 0, 0, last=at, **nothing) for i, name, at in found if i not in known]
 
 
 @dataclass(frozen=True)

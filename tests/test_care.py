@@ -4,12 +4,15 @@ import sqlite3
 import threading
 
 import pytest
+from sqlalchemy import text
 
 from annotate.care import FAULTS, backup, check
 from annotate.queue import Label
 from annotate.records import DataError
+from annotate.schema import VERSION
 from annotate.store import Store
 from stages import cli
+from tests.test_migrations import GOLDENS, OLD
 from tests.test_store import item
 
 ITEMS = [item(n) for n in range(30)]
@@ -64,6 +67,30 @@ def test_a_copy_made_while_people_work_is_sound_and_whole(store, tmp_path):
     finally:
         stop.set()
         thread.join()
+
+
+@pytest.mark.parametrize("version", [version for version in OLD if version < VERSION])
+def test_a_database_of_an_older_version_is_sound_is_copied_and_stays_what_it_is(version, tmp_path, capsys):
+    with sqlite3.connect(tmp_path / "old.db") as x:
+        x.executescript((GOLDENS / f"labels-{version}.sql").read_text())
+    said = f"{version} is its version, and {VERSION} this prefloop's: opening it upgrades it\nsound\n"
+    db = f"collect.db=sqlite:///{tmp_path}/old.db"
+    for option in (["--check"], ["--backup", str(tmp_path / "copy.db")]):
+        assert cli.main(["annotate", "configs/smoke.yaml", db, *option]) == 0
+        assert capsys.readouterr().out.endswith(said)
+    Store(f"sqlite:///{tmp_path}/copy.db").close()
+    counts, faults = check(f"sqlite:///{tmp_path}/copy.db")
+    assert faults == [] and counts["labels that count"] == 2
+    assert check(f"sqlite:///{tmp_path}/old.db")[0].keys() != counts.keys()
+
+
+def test_an_older_version_is_told_on_either_database(fresh):
+    store = Store(fresh())
+    with store._write() as x:
+        x.execute(text("update database set version = 1"))
+    counts, faults = check(store.url)
+    assert (list(counts.values()), [f for f in faults if "fsync" not in f]) == ([1], [])
+    store.close()
 
 
 MEDDLING = {

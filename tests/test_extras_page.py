@@ -61,7 +61,7 @@ def test_the_browser_cannot_tell_a_check_or_a_repeat_from_any_other_task(silent:
     keys = [task["key"] for task, _ in done]
     assert len(done) > 38 and len(set(keys)) == len(keys)
     assert {frozenset(task) for task, _ in done} == {frozenset({"key", "messages", "completions"})}
-    assert {(len(key), key.split("-")[1]) for key in keys} == {(len("1" * 15 + "-1"), "1")}
+    assert {(len(key), key.split("-")[1]) for key in keys} == {(len("1" * 19 + "-0"), "0")}
     numbers = sorted(int(key.split("-")[0]) for key in keys)
     extra = {
         int(t["key"].split("-")[0]) for n, (t, _) in enumerate(done) if is_check(t) or is_repeat(done, n)
@@ -93,15 +93,18 @@ def test_history_and_markdown_know_extras_by_the_same_keys(silent: Served) -> No
     assert Browser(silent, "eve").step({"token": some[0] + "-c", "preference": 0})["statuses"] == ["refused"]
 
 
-def test_a_bare_slot_number_gets_no_text_and_its_label_is_still_kept(silent: Served) -> None:
-    """A browser may hold labels from before keys were hidden."""
+def test_a_bare_slot_number_gets_no_text_and_its_label_is_refused(silent: Served) -> None:
+    """Else one could find out which slots are one's own, and so which of one's tasks were made late."""
     cat = Browser(silent, "cat")
     [task] = cat.step(want=1)["tasks"]
     me = silent.store.annotator("cat")
     [shown] = silent.store.step(silent.round, me, want=1)[1]
     assert shown.key != task["key"] and shown.completions == task["completions"]
     assert cat.call("markdown", {"keys": [shown.key]})[1] == {"ok": True, "html": {}}
-    assert cat.step({"token": shown.key + "-a", "preference": 1})["statuses"] == ["saved"]
+    assert cat.step({"token": shown.key + "-a", "preference": 1})["statuses"] == ["refused"]
+    both = [{"token": f"{key}-a", "preference": 1} for key in ("9" * 19 + "-1", shown.key, task["key"])]
+    answer = cat.call("step", {"labels": both, "want": 0})[1]
+    assert answer["statuses"] == ["refused", "refused", "saved"]
 
 
 def test_feedback_comes_with_the_answer_and_again_with_a_retry(tmp_path: Path) -> None:
@@ -201,5 +204,33 @@ def test_a_page_that_is_open_when_the_round_closes_says_so(browser: Chromium, tm
     desk.page.wait_for_function("document.querySelector('.empty').textContent.includes('is closed')")
     assert "1 not counted: the round was closed" in desk.page.inner_text(".saving")
     assert len(served.labels("ann")) == 1
+    context.close()
+    served.kill()
+
+
+def test_labels_that_came_while_the_round_was_closed_are_asked_for_again_when_it_opens(
+    browser: Chromium, tmp_path: Path
+) -> None:
+    served = Served(tmp_path, [item(n) for n in range(4)])
+    context = browser.new_context()
+    desk = Desk(context, served, "ann")
+    context.set_offline(True)
+    for _ in range(4):
+        key = desk.page.get_attribute(".stage", "data-task")
+        desk.press("2")
+        desk.page.wait_for_function("key => document.querySelector('.stage').dataset.task !== key", arg=key)
+    desk.press("u")  # looks at one of them meanwhile
+    quality.set_state(served.store, served.round, "closed")
+    context.set_offline(False)
+    desk.sent()
+    assert "4 not counted: the round was closed" in desk.page.inner_text(".saving")
+    quality.set_state(served.store, served.round, "open")
+    desk.page.keyboard.press("Enter")
+    for done in range(1, 5):
+        desk.page.wait_for_selector('.stage[data-state="task"]', timeout=30_000)
+        desk.press("2")
+        desk.sent()
+        assert len(served.labels("ann")) == done
+    assert desk.page.inner_text(".progress") == "4 of 4" and desk.faults == []
     context.close()
     served.kill()

@@ -16,13 +16,16 @@ from fastapi import FastAPI
 from fastapi.testclient import TestClient
 from sqlalchemy import text
 
+from annotate.app import application
 from annotate.calls import Calls
 from annotate.care import check
 from annotate.engine import open_engine
 from annotate.form import Form
-from annotate.gate import Gate, cookie_name
+from annotate.gate import UNREACHABLE, Gate, cookie_name
+from annotate.ledger import Ledger
 from annotate.queue import Label
 from annotate.records import DataError, Item
+from annotate.researcher import Recent
 from annotate.store import Store, Who
 from stages import cli
 from tests.test_app import Browser, Server, item, kill_under_load
@@ -251,6 +254,27 @@ def test_while_the_server_is_away_the_page_says_so(postgres: "Postgres") -> None
     assert TestClient(gate, "http://127.0.0.1").get("/whoami", headers=cookie).status_code == 503
     postgres.start()
     assert calls.hello({}, who)["ok"]
+    store.close()
+
+
+def test_while_the_server_is_away_the_researchers_pages_say_so_in_one_line(postgres: "Postgres") -> None:
+    store = Store(postgres.database())
+    round_id, me = store.open_round("r", [item(0)]), store.annotator("ann")
+    [view] = store.step(round_id, me, want=1)[1]
+    store.step(round_id, me, [Label(token=f"{view.key}-0", preference=1)])
+    browser = TestClient(application(store, round_id, "r", name="ann"), "http://127.0.0.1")
+    assert browser.get("/round").status_code == 200
+    browser.cookies.clear()
+    postgres.kill()
+    try:
+        asked = [browser.get(path) for path in ("/", "/round/disagreements", f"/round/annotator/{me}")]
+        asked += [browser.get("/round"), browser.post("/round/state", data={"state": "paused"})]
+        assert {(answer.status_code, answer.text) for answer in asked} == {(503, UNREACHABLE)}
+        recent = Recent(Ledger(store, round_id))
+        recent.begin()  # without a traceback
+    finally:
+        postgres.start()
+    assert recent.overview().asked == 1
     store.close()
 
 

@@ -8,14 +8,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from fastapi.testclient import TestClient
 from playwright.sync_api import BrowserContext
 
+from annotate.app import application
 from annotate.ledger import Ledger
 from annotate.overview import overview
 from annotate.quality import state
 from annotate.queue import Shown
 from annotate.researcher import tally, with_quality
-from annotate.rules import Check, Rules
+from annotate.rules import Check, Qualify, Rules
 from annotate.store import Store
 from stages import cli
 from tests.crowd import judge
@@ -143,6 +145,21 @@ def test_checks_and_repeats_stand_beside_each_annotator(tmp_path: Path) -> None:
     assert tally(None) == ""
 
 
+def test_who_answered_only_checks_is_there_too(fresh: Callable[[], str]) -> None:
+    store, texts = Store(fresh()), item(99).model_dump(include={"prompt", "completions"})
+    checks, rules = [Check.model_validate(texts | {"better": 0})], Rules(qualify=Qualify(checks=1, right=1))
+    round_id = store.open_round("r", [item(0)], checks=checks, rules=rules)
+    judge(store, round_id, "ann", time.time() - 100, lambda _: {"preference": 0})
+    ledger = Ledger(store, round_id)
+    [ann] = with_quality(ledger, overview(ledger)).people
+    assert (ann.name, ann.labels, ann.checks) == ("ann", 0, (0.0, 1)) and time.time() - ann.last > 99
+    browser = TestClient(application(store, round_id, "r"), "http://127.0.0.1")
+    assert "0% of 1" in browser.get("/round").text
+    alone = browser.get(f"/round/annotator/{ann.id}")
+    assert alone.status_code == 200 and "0% of 1" in alone.text and "No labels in this round" in alone.text
+    store.close()
+
+
 def test_no_page_names_a_policy_and_hostile_names_and_reasons_are_text(rita: Browser) -> None:
     for path in PAGES[:3]:
         body = rita.request("GET", path, **HOST)[2].decode()
@@ -243,7 +260,8 @@ def test_the_page_renews_itself_where_the_reader_is(
     page = contexts().new_page()
     page.goto(f"{served.home}/round")
     page.click("summary")
-    page.focus("#person-2")
+    assert page.query_selector_all("#live :is(a, button, summary, [tabindex]):not([id])") == []
+    page.focus("text=Pause")
     page.evaluate("scrollTo(0, 350)")
     place = page.evaluate("scrollY")
     judge(served.store, served.round, "cat", time.time(), said, 5)
@@ -253,12 +271,31 @@ def test_the_page_renews_itself_where_the_reader_is(
         page.wait_for_timeout(300)
     assert "45 of" in page.inner_text("#progress")
     assert place > 100 and page.evaluate("scrollY") == place
-    assert page.evaluate("document.activeElement.id") == "person-2"
+    assert page.evaluate("document.activeElement.textContent") == "Pause"
     assert page.query_selector("#columns[open]")
     served.kill()
     page.evaluate("document.dispatchEvent(new Event('visibilitychange'))")
     page.wait_for_selector("#fresh:has-text('no answer')", timeout=5000)
     page.context.close()
+
+
+def test_closing_the_round_is_asked_about_first(
+    contexts: Callable[..., BrowserContext], tmp_path: Path
+) -> None:
+    served = Served(tmp_path, [item(0)])
+    page = contexts().new_page()
+    page.goto(f"{served.home}/round")
+    asked: list[str] = []
+    page.once("dialog", lambda dialog: (asked.append(dialog.message), dialog.dismiss()))
+    page.click("text=Close")
+    page.reload()
+    assert state(served.store, served.round) == "open" and asked[0].startswith("Close the round?")
+    page.once("dialog", lambda dialog: dialog.accept())
+    page.click("text=Close")
+    page.wait_for_selector("text=Open again")
+    assert state(served.store, served.round) == "closed"
+    page.context.close()
+    served.kill()
 
 
 @pytest.mark.parametrize("width", [1200, 390])

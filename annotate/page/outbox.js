@@ -75,9 +75,13 @@ function settle(labels, reply) {
     if (fresh.delete(pair(token))) counted.done += 1;
   });
   if (reply.progress) counted = reply.progress;
-  const judged = new Set([...past.map((it) => it.key), ...unsent.map((label) => pair(label.token))]);
+  const looked = at === null ? null : past[at];
+  const judged = new Set([looked && looked.key, ...unsent.map((label) => pair(label.token))]);
   const stale = reply.served !== served; // the server was started again, for something else
   const open = stale ? [] : reply.tasks.filter((it) => !judged.has(it.key));
+  const again = new Set(open.map((it) => it.key)); // where judged before, that came too late to count
+  past = past.filter((it) => !again.has(it.key));
+  if (looked) at = past.indexOf(looked);
   if (standing === 'closed' && current) {
     current = null;
     if (at === null) show();

@@ -19,5 +19,9 @@ async function renew() {
   if (focused) document.getElementById(focused)?.focus({ preventScroll: true });
 }
 
+document.addEventListener('submit', (event) => {
+  const closing = event.submitter?.value === 'closed';
+  if (closing && !confirm('Close the round? Whoever is labelling is told so, and what they still send will not count.')) event.preventDefault();
+});
 setInterval(renew, EVERY);
 document.addEventListener('visibilitychange', renew);
