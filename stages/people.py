@@ -99,7 +99,8 @@ def care_for(config_path: str | Path, overrides: Sequence[str], copy: Path | Non
         print(f"copied to {copy}")
         url = f"sqlite:///{copy}"
     counts, faults = check(url)
-    print(f"{printable(url)}: " + ", ".join(f"{count:,} {name}" for name, count in counts.items()))
+    found = ", ".join(f"{count:,} {name}" for name, count in counts.items())
+    print(f"{printable(url)}: {found or 'of an older version, until it is opened: checked as a file alone'}")
     for wrong in faults:
         print(f"wrong: {wrong}")
     print("sound" if not faults else "NOT sound: keep this file, and go on from the last copy that is")
