@@ -30,7 +30,7 @@ NOT_RUN = {
     r".*--publish.*": "writes into results/",
     r"python -m tests\.benchmarks\..*": "trains for minutes; test_benchmarks.py runs small ones",
     r".*--seeds .*": "several times the smoke run; make soak does it",
-    r"torchrun .*": "test_parallel.py does it",
+    r"torchrun .*": "test_parallel.py does it, in make soak",
 }
 """What the whole command must match -> why it is not run here."""
 

@@ -78,6 +78,7 @@ def lines(runs: Path, stage: str, name: str = "metrics.jsonl") -> list[dict[str,
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
+@pytest.mark.soak
 @pytest.mark.parametrize("stage", ["sft", "rm"])
 def test_two_processes_learn_what_one_learns(both, stage):
     one, two = (lines(runs, stage) for runs in both)
@@ -87,6 +88,7 @@ def test_two_processes_learn_what_one_learns(both, stage):
         assert a["loss"] == pytest.approx(b["loss"], rel=1e-4)
 
 
+@pytest.mark.soak
 def test_two_processes_draw_what_one_draws(both):
     """But for draws that fall to the other side where the policies differ by a rounding error."""
     one, two = (
@@ -99,6 +101,7 @@ def test_two_processes_draw_what_one_draws(both):
     assert first == pytest.approx(other, rel=0.25, abs=0.05)
 
 
+@pytest.mark.soak
 def test_two_processes_write_the_record_once(both):
     one, two = both
     for stage, file in (

@@ -263,8 +263,8 @@ FILL = """
 insert into prompts select 'p' || value, '[{"role": "user", "content": "question ' || value || '"}]' from numbers;
 insert into responses select 2 * value + half, 'p' || value, 's' || half, 'reply ' || half
   from numbers, (select 0 as half union all select 1);
-insert into tasks select value + 10, 1, 'k' || value, 'p' || value, '[' || (2 * value) || ',' || (2 * value + 1) || ']',
-  '[]' from numbers;
+insert into tasks (id, round_id, key, prompt_id, response_ids, policies)
+  select value + 10, 1, 'k' || value, 'p' || value, '[' || (2 * value) || ',' || (2 * value + 1) || ']', '[]' from numbers;
 insert into slots (task_id, round_id, number, priority, active, state, lease)
   select value + 10, 1, 0, abs(random()) / 9.3e18, 1, 'free', 0 from numbers;
 """
