@@ -131,9 +131,8 @@ class Recent:
         with self._lock:
             start = time.monotonic()
             if self._found is None or start >= self._again:
-                first = (
-                    self._found is None
-                )  # which reads all, and loads libraries: not what the next will cost
+                # The first reads all, and loads libraries: not what the next will cost.
+                first = self._found is None
                 self._found = with_quality(self._ledger, overview(self._ledger))
                 end = time.monotonic()
                 self._again = end if first else end + (end - start) / SHARE

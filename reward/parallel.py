@@ -29,10 +29,8 @@ def join() -> None:
     if "RANK" in os.environ:
         from accelerate import PartialState
 
-        PartialState(**ON_CPU) if not torch.cuda.is_available() else PartialState()
-
-
-ON_CPU: dict[str, Any] = {"cpu": True, "backend": "gloo"}
+        on_cpu: dict[str, Any] = {"cpu": True, "backend": "gloo"}
+        PartialState(**({} if torch.cuda.is_available() else on_cpu))
 
 
 def wait() -> None:
@@ -100,6 +98,5 @@ def summed(values: Mapping[str, float]) -> dict[str, float]:
     if place()[1] == 1:
         return dict(values)
     found = _gathered(lambda: dict(values))
-    return {
-        name: sum(of.get(name, 0.0) for of in found) for name in dict.fromkeys(n for of in found for n in of)
-    }
+    names = dict.fromkeys(name for of in found for name in of)
+    return {name: sum(of.get(name, 0.0) for of in found) for name in names}

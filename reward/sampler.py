@@ -154,7 +154,7 @@ class Sampler:
 class RoomyLayer(DynamicLayer):
     """Keys and values in tensors with room for more; the library's own layer copies them all at each token.
 
-    Same results bit for bit, in about two thirds of the time for a small model on a CPU.
+    The results are the same bit for bit.
     """
 
     def __init__(self, layer: DynamicLayer):

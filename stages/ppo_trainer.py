@@ -230,11 +230,11 @@ class PPOTrainer(Engine):
     def training_step(
         self, model: nn.Module, inputs: Sequence[Any], num_items_in_batch: Any = None
     ) -> Tensor:
-        loss, objective = super().training_step(model, inputs, num_items_in_batch), vars(self.objective)
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        objective: Any = self.objective
         if inputs:
-            objective |= summed(
-                {name: objective[name] for name in ("ratio", "kl")}
-            )  # all stop for one reason
+            whole = summed({"ratio": objective.ratio, "kl": objective.kl})
+            objective.ratio, objective.kl = whole["ratio"], whole["kl"]  # all processes stop for one reason
         return loss
 
     def _clip_grad_norm(self, model: nn.Module) -> Tensor:
