@@ -19,7 +19,7 @@ annotate: $(VENV)/installed
 	@$(BIN)/prefloop annotate configs/quickstart.yaml
 
 test: $(VENV)/installed-test chromium postgresql
-	$(BIN)/pytest
+	$(BIN)/pytest --numprocesses logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 soak: $(VENV)/installed-test chromium postgresql
 	$(BIN)/pytest -m soak

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import filelock
 import hypothesis
 import pytest
 
@@ -70,12 +71,17 @@ def shared() -> Path:
 @pytest.fixture(scope="session")
 def smoke_runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of runs of one whole loop on configs/smoke.yaml, made once through the command line."""
-    runs = tmp_path_factory.mktemp("smoke")
-    command = [sys.executable, "-m", "stages.cli", "run", "configs/smoke.yaml"]
-    done = subprocess.run(
-        command, env=os.environ | {"PREFLOOP_RUNS": str(runs)}, capture_output=True, text=True, timeout=300
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = folder.parent  # of all workers: the first makes the runs, the others wait for them
+    runs, made = folder / "smoke", folder / "smoke-is-made"
+    with filelock.FileLock(folder / "smoke.lock"):
+        if not made.exists():
+            command = [sys.executable, "-m", "stages.cli", "run", "configs/smoke.yaml"]
+            environment = os.environ | {"PREFLOOP_RUNS": str(runs)}
+            done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+            assert done.returncode == 0, done.stdout + done.stderr
+            made.touch()
     return runs
 
 
