@@ -45,19 +45,19 @@ class Repeated:
 def set_state(store: Store, round_id: int, state: State) -> None:
     """Open, pause or close a round with its parts."""
     assert state in get_args(State)
-    with store._write() as x:
+    with store.transaction() as x:
         where = or_(Round.id == round_id, Round.part_of == round_id)
         x.execute(update(Round).where(where).values(state=state))
 
 
 def state(store: Store, round_id: int) -> State:
-    with store._read() as x:
+    with store.connection() as x:
         return cast(State, x.execute(select(Round.state).where(Round.id == round_id)).scalar_one())
 
 
 def standing(store: Store, round_id: int, annotator: int) -> Standing:
     """Why this annotator gets no more tasks for now; "open" where only the tasks have run out."""
-    with store._read() as x:
+    with store.connection() as x:
         row = x.execute(select(Round.state, Round.rules).where(Round.id == round_id)).one()
         if row.state != "open" or row.rules is None:
             return cast(State, row.state)
@@ -72,7 +72,7 @@ def standing(store: Store, round_id: int, annotator: int) -> Standing:
 def progress(store: Store, round_id: int, annotator: int) -> Progress:
     """Tasks they did and tasks they could do, with the checks and repeats that come among so many."""
     mine = store.progress(round_id, annotator)
-    with store._read() as x:
+    with store.connection() as x:
         row = x.execute(select(Round.rules, Round.salt).where(Round.id == round_id)).one()
         if row.rules is None:
             return mine
@@ -86,26 +86,26 @@ def progress(store: Store, round_id: int, annotator: int) -> Progress:
 
 
 def has_checks(store: Store, round_id: int) -> bool:
-    with store._read() as x:
+    with store.connection() as x:
         return "check" in extras.parts(x, round_id)
 
 
 def feedback(store: Store, annotator: int, tokens: Sequence[str]) -> list[tuple[str, bool, str]]:
     """(token, whether it was right, text) of those that are first answers to checks with feedback."""
-    with store._read() as x:
+    with store.connection() as x:
         return extras.feedback(x, annotator, tokens)
 
 
 def accuracy(store: Store, round_id: int) -> list[Answer]:
     """Every answer to a check of this round, sorted by annotator and task."""
-    with store._read() as x:
+    with store.connection() as x:
         part = extras.parts(x, round_id).get("check")
         return [] if part is None else extras.answers(x, part)
 
 
 def repeated(store: Store, round_id: int) -> list[Repeated]:
     """Every repeat in which both labels are verdicts, sorted by annotator and task."""
-    with store._read() as x:
+    with store.connection() as x:
         part = extras.parts(x, round_id).get("repeat")
     if part is None:
         return []

@@ -89,7 +89,7 @@ class Store:
         # Threads of one process queue here: SQLite's own way of waiting sleeps, which costs more than half.
         one_file = self._engine.dialect.name == "sqlite"
         self._one_writer: AbstractContextManager[object] = threading.Lock() if one_file else nullcontext()
-        with self._write() as x:
+        with self.transaction() as x:
             self.id = ready(x, printable(self.url))
 
     def close(self) -> None:
@@ -99,7 +99,7 @@ class Store:
         """Id of the annotator of this pseudonym and kind, made if new."""
         if not 1 <= len(name) <= 60 or not name.isprintable() or name != name.strip():
             raise DataError(f"annotator name {name!r}: 1 to 60 printable characters, no space at either end")
-        with self._write() as x:
+        with self.transaction() as x:
             same = select(Annotator.id).where(Annotator.name == name, Annotator.kind == kind)
             found = x.execute(same).scalar()
             if found is None:
@@ -130,7 +130,7 @@ class Store:
         if reserve and overlap > len(reserve):
             raise DataError(f"overlap {overlap}, but {len(reserve)} annotators: at most one label each")
         names = {who: self.annotator(who, kind) for who in reserve}
-        with self._write() as x:
+        with self.transaction() as x:
             rounds.lock(x)
             found = x.execute(select(Round).where(Round.name == name)).first()
             if found is None:
@@ -150,7 +150,7 @@ class Store:
 
     def round(self, name: str) -> int | None:
         """Id of the round of this name; None if it was never opened."""
-        with self._read() as x:
+        with self.connection() as x:
             return x.execute(select(Round.id).where(Round.name == name)).scalar()
 
     def step(
@@ -161,7 +161,7 @@ class Store:
         A task stays with its annotator until labelled, or taken over after its lease, so asking again gives
         the same tasks. A batch costs little more than one label.
         """
-        with self._write() as x:
+        with self.transaction() as x:
             queue.lock(x, annotator, labels, self.id)
             statuses = queue.record(x, annotator, labels, self.id) if labels else []
             shown = queue.claim(x, round_id, annotator, want) if want else []
@@ -169,24 +169,24 @@ class Store:
 
     def history(self, round_id: int, annotator: int, limit: int = 20) -> list[Past]:
         """The last tasks this annotator labelled, oldest first."""
-        with self._read() as x:
+        with self.connection() as x:
             return queue.history(x, round_id, annotator, limit)
 
     def held(self, round_id: int, annotator: int, keys: Sequence[str]) -> list[Shown]:
         """Those of these tasks (`Shown.key`) that are this annotator's, open or labelled."""
-        with self._read() as x:
+        with self.connection() as x:
             return queue.held(x, round_id, annotator, keys)
 
     def guidelines(self, text: str) -> str:
         """Keep this text, and return the name under which labels refer to it."""
         sha = _sha(text)[:16]
-        with self._write() as x:
+        with self.transaction() as x:
             rounds.add_missing(x, Guideline, [{"sha": sha, "text": text}])
         return sha
 
     def form(self, form: Form) -> str:
         """Keep this form, and return the name under which labels refer to it."""
-        with self._write() as x:
+        with self.transaction() as x:
             rounds.add_missing(x, FormText, [{"sha": form.sha, "form": form.model_dump_json()}])
         return form.sha
 
@@ -201,7 +201,7 @@ class Store:
             query = select(
                 func.count(Slot.task_id.distinct()), func.count().filter(Slot.state == "done", mine)
             ).where(Slot.round_id == round_id, Slot.active, allowed, or_(mine, Slot.state != "done"))
-        with self._read() as x:
+        with self.connection() as x:
             asked, done = x.execute(query).one()
         return Progress(asked, done)
 
@@ -221,7 +221,7 @@ class Store:
             .join(Annotator, Annotator.id == Judgement.annotator_id)
             .where(Slot.round_id == round_id)
         )
-        with self._read() as x:
+        with self.connection() as x:
             found = [
                 Current(task, name, preference, Answers.model_validate(answers or {}), order)
                 for task, name, preference, answers, order in x.execute(query)
@@ -231,7 +231,7 @@ class Store:
     def invite(self, name: str, role: Role = "annotator") -> str:
         """A secret by which this person enters. Ends the invitation, sessions and role they had before."""
         me, secret = self.annotator(name), secrets.token_urlsafe(32)
-        with self._write() as x:
+        with self.transaction() as x:
             queue.lock(x, me, [], self.id)
             x.execute(delete(Session).where(Session.annotator_id == me))
             x.execute(delete(Invitation).where(Invitation.annotator_id == me))
@@ -241,36 +241,36 @@ class Store:
 
     def invited(self, secret: str) -> int | None:
         """Id of the annotator whose invitation this is."""
-        with self._read() as x:
+        with self.connection() as x:
             return x.execute(select(Invitation.annotator_id).where(Invitation.sha == _sha(secret))).scalar()
 
     def start_session(self, annotator: int) -> str:
         """A secret for the browser's cookie. Sessions survive a restart of the server."""
         secret = secrets.token_urlsafe(32)
-        with self._write() as x:
+        with self.transaction() as x:
             x.execute(insert(Session), {"sha": _sha(secret), "annotator_id": annotator, "at": time.time()})
         return secret
 
     def session(self, secret: str) -> Who | None:
         """The annotator this secret was given to."""
-        with self._read() as x:
+        with self.connection() as x:
             row = x.execute(_SESSION, {"sha": _sha(secret)}).first()
         return Who(*row) if row else None
 
     @contextmanager
     def reading(self) -> Iterator[orm.Session]:
-        """The database as it is at this moment, for pages that only read."""
-        with self._read() as x, orm.Session(x) as session:
+        """The database as it is at this moment, for pages that only read, by way of the ORM."""
+        with self.connection() as x, orm.Session(x) as session:
             yield session
 
     @contextmanager
-    def _write(self) -> Iterator[Connection]:
+    def transaction(self) -> Iterator[Connection]:
         """A transaction that is on disk when the block is left. On SQLite it is alone from its start."""
         with self._one_writer, self._reached(), self._engine.begin() as x:
             yield x
 
     @contextmanager
-    def _read(self) -> Iterator[Connection]:
+    def connection(self) -> Iterator[Connection]:
         with self._reached(), self._engine.connect() as x:
             yield x.execution_options(read=True)
 

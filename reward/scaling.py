@@ -33,10 +33,9 @@ class RunningScale:
         self.mean += apart * count / total
         self.count = total
 
-    def __call__(self, values: Sequence[float], clip: float | None = None) -> list[float]:
-        """(value - mean) / std, within plus and minus `clip` standard deviations."""
-        bound = math.inf if clip is None else clip
-        return [max(-bound, min(bound, (value - self.mean) / self.std)) for value in values]
+    def __call__(self, values: Sequence[float]) -> list[float]:
+        """(value - mean) / std."""
+        return [(value - self.mean) / self.std for value in values]
 
     def state_dict(self) -> dict[str, float]:
         return {"count": self.count, "mean": self.mean, "squares": self.squares}

@@ -42,7 +42,7 @@ def fill(store: Store, item: Item, people: Sequence[str], labels: int, overlap: 
     """
     ids, round_id = [store.annotator(name) for name in people], store.open_round("filled", [item])
     start, count = time.time() - 86_400, labels * len(people)
-    with store._write() as x:
+    with store.transaction() as x:
         first = x.execute(select(Task).where(Task.round_id == round_id)).one()
         shared = {"round_id": round_id, "prompt_id": first.prompt_id, "response_ids": first.response_ids}
         tasks = [

@@ -356,7 +356,7 @@ def kill_under_load(
         if postgres is not None:
             postgres.start()
 
-    with store._read() as x:
+    with store.connection() as x:
         stored = set(x.execute(text("select token from judgements")).scalars())
     store.close()
     assert check(url)[1] == []

@@ -116,7 +116,7 @@ def test_both_bad_is_a_tie_that_can_be_revised(visit: Visit, served: Served) -> 
     query = (
         "select both_bad from judgements where annotator_id = (select id from annotators where name = 'nan')"
     )
-    with served.store._read() as x:
+    with served.store.connection() as x:
         assert list(x.execute(text(query)).scalars()) == [1, 0, 1, 0]
     assert {t: label.preference for t, label in served.labels("nan").items()} == {task: 0, other: 0}
 
@@ -180,7 +180,7 @@ def test_guidelines_come_first_and_again_when_they_change(visit: Visit, tmp_path
     query = (
         "select text from judgements join guidelines on sha = judgements.guidelines order by judgements.id"
     )
-    with served.store._read() as x:
+    with served.store.connection() as x:
         assert [t.split("*")[1] for t in x.execute(text(query)).scalars()] == ["truth", "truth", "kind"]
     assert first in served.labels("quin")
     served.kill()
@@ -195,7 +195,7 @@ def test_hidden_characters_are_pointed_out(visit: Visit, tmp_path: Path) -> None
 
 
 def reasons(served: Served) -> list[str]:
-    with served.store._read() as x:
+    with served.store.connection() as x:
         return list(x.execute(text("select reason from judgements where reason is not null")).scalars())
 
 
@@ -283,7 +283,7 @@ def test_a_label_after_a_take_over_is_not_counted_and_the_page_says_so(visit: Vi
     served = Served(tmp_path, ITEMS.values(), overlap=1)
     desk = visit("hal", to=served)
     mine = desk.task
-    with served.store._write() as x:
+    with served.store.transaction() as x:
         x.execute(text("update slots set lease_until = 0 where state = 'open'"))
     ivy = served.store.annotator("ivy")
     while views := served.store.step(served.round, ivy, want=20)[1]:

@@ -86,7 +86,7 @@ def test_a_database_of_an_older_version_is_sound_is_copied_and_stays_what_it_is(
 
 def test_an_older_version_is_told_on_either_database(fresh):
     store = Store(fresh())
-    with store._write() as x:
+    with store.transaction() as x:
         x.execute(text("update database set version = 1"))
     counts, faults = check(store.url)
     assert counts == {} and faults == []

@@ -446,7 +446,7 @@ def test_the_database_of_a_round_with_extras_is_sound(store: Store) -> None:
     assert found["answers to checks"] == len(quality.accuracy(store, round_id)) > 5
     assert found["repeats"] == len(quality.repeated(store, round_id)) > 5
     assert found["said in all"] == 80 == labels + found["answers to checks"] + found["repeats"]
-    with store._write() as x:
+    with store.transaction() as x:
         x.execute(text("update slots set reserved_id = null where number = 1 and round_id > 1"))
         x.execute(
             text(

@@ -185,7 +185,7 @@ def test_labels_keep_the_form_they_were_given_under(store):
         _, views = store.step(round_id, me, want=1)
         answers = Answers(attributes=BOTH, rationale="so") if form is FULL else Answers()
         store.step(round_id, me, [Label(token=f"{views[0].key}-0", preference=1, answers=answers, form=sha)])
-    with store._read() as x:
+    with store.connection() as x:
         used = x.execute(
             text("select forms.sha from judgements join forms on judgements.form = forms.sha")
         ).scalars()

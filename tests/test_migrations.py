@@ -35,7 +35,7 @@ def old(request: pytest.FixtureRequest, tmp_path: Path) -> str:
 
 
 def query(store: Store, statement: str) -> list[tuple[object, ...]]:
-    with store._read() as x:
+    with store.connection() as x:
         return [tuple(row) for row in x.execute(text(statement))]
 
 
@@ -87,7 +87,7 @@ def test_revisions_from_nothing_and_a_new_database_are_the_same(fresh: Callable[
     engine = open_engine(fresh())
     with engine.begin() as x:
         upgrade(x, None)
-    with engine.connect() as x, new._read() as y:
+    with engine.connect() as x, new.connection() as y:
         same(x, y)
         assert x.execute(text("SELECT version FROM database")).scalar_one() == VERSION
     engine.dispose()
@@ -102,7 +102,7 @@ def test_an_old_file_keeps_every_label_and_goes_on(old: str, tmp_path: Path) -> 
         store = Store(old)
         assert store.id == name
     new = Store(f"sqlite:///{tmp_path}/new.db")
-    with store._read() as x, new._read() as y:
+    with store.connection() as x, new.connection() as y:
         same(x, y)
     before = {label.task: label.preference for label in store.labels(1)}
     assert sorted(map(str, before.values())) == ["-3", "None"]
@@ -132,7 +132,7 @@ def test_a_file_of_the_first_version_with_invitations_is_brought_here_too(tmp_pa
     store = Store(f"sqlite:///{tmp_path}/labels.db")
     assert query(store, "SELECT annotator_id, sha FROM invitations") == [(1, "secret")]
     new = Store(f"sqlite:///{tmp_path}/new.db")
-    with store._read() as x, new._read() as y:
+    with store.connection() as x, new.connection() as y:
         same(x, y)
 
 
@@ -149,7 +149,7 @@ def test_an_upgrade_that_fails_leaves_the_file_as_it_was(old: str, tmp_path: Pat
 
 def test_a_newer_database_is_refused_in_one_line(fresh: Callable[[], str]) -> None:
     newer = Store(fresh())
-    with newer._write() as x:
+    with newer.transaction() as x:
         x.execute(text("UPDATE database SET version = 99"))
     newer.close()
     with pytest.raises(DataError, match=f"version 99 of the label database, this prefloop needs {VERSION}$"):

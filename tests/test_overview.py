@@ -186,7 +186,7 @@ def test_a_judgement_that_is_seen_late_is_not_missed(store: Store) -> None:
     me, ledger = store.annotator("ann"), Ledger(store, round_id)
     store.step(round_id, me, want=2)
     for n, row_id in enumerate((9, 5)):
-        with store._write() as x:
+        with store.transaction() as x:
             slot = x.execute(select(Slot.id)).scalars().all()[n]
             row = {"slot_id": slot, "lease": 1, "annotator_id": me, "rev": 0, "token": f"{slot}-1-x"}
             x.execute(insert(Judgement), {"id": row_id, "preference": 1, "at": time.time(), **row})

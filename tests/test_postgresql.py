@@ -214,7 +214,7 @@ def test_the_command_checks_and_leaves_copies_to_pg_dump(
     assert "2 labels that count" in capsys.readouterr().out
     said = fails("annotate", "configs/smoke.yaml", f"collect.db={url}", "--backup", tmp_path / "copy.db")
     assert "pg_dump" in said
-    with store._write() as x:
+    with store.transaction() as x:
         x.execute(text("ALTER TABLE slots DISABLE TRIGGER slots_stay"))
         x.execute(text("UPDATE slots SET state = 'open' WHERE state = 'done'"))
     assert cli.main(["annotate", "configs/smoke.yaml", f"collect.db={url}", "--check"]) == 1

@@ -49,7 +49,7 @@ def label(view: Shown, preference: int | None = 2, attempt: str = "0") -> Label:
 
 
 def counts(store: Store, query: str) -> int:
-    with store._read() as x:
+    with store.connection() as x:
         return int(x.execute(text(query)).scalar_one())
 
 
@@ -318,7 +318,7 @@ def test_the_schema_itself_refuses_what_must_not_happen(store: Store, statement:
     _, views = store.step(round_id, ann, want=2)
     first = next(view for view in views if view.key == "1-1")
     store.step(round_id, ann, [label(first)])
-    with pytest.raises(IntegrityError), store._write() as x:
+    with pytest.raises(IntegrityError), store.transaction() as x:
         x.execute(text(statement))
 
 
@@ -328,7 +328,7 @@ def test_claims_use_the_partial_indexes(store: Store) -> None:
     store.open_round("r", ITEMS)
     sqlite = store.url.startswith("sqlite")
     for query, index in ((FREE, "slots_free"), (EXPIRED, "slots_open")):
-        with store._read() as x:
+        with store.connection() as x:
             values = {"round": 1, "me": 1, "n": 3, "now": 0.0, "but": []}
             compiled = query.params(values).compile(x, compile_kwargs={"literal_binds": True})
             if not sqlite:  # which reads so few rows without any index
@@ -387,7 +387,7 @@ def contend(url: str, tasks: int, processes: int, people: int, overlap: int = 3,
     assert len(saved) == len(found) == overlap * tasks
     assert Counter(Counter(c.task for c in found).values()) == {overlap: tasks}
     assert len({(c.task, c.annotator) for c in found}) == overlap * tasks
-    with store._read() as x:
+    with store.connection() as x:
         rows = set(x.execute(text("select token from judgements where rev is not null")).scalars())
         late = set(x.execute(text("select token from judgements where rev is null")).scalars())
     assert check(url)[1] == []
@@ -418,7 +418,7 @@ def test_sessions_survive_and_secrets_are_not_stored(store: Store) -> None:
     secret = store.start_session(me)
     assert Store(store.url).session(secret) == (me, "ann", "annotator")
     assert store.session(secret[:-1]) is None
-    with store._read() as x:
+    with store.connection() as x:
         assert secret not in str(x.execute(text("select * from sessions")).all())
 
 
