@@ -6,6 +6,7 @@ difference of the perceived worth,  P(first) : P(tie) : P(second) = exp(d/2) : t
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from math import exp
 from typing import Any
 
@@ -54,10 +55,16 @@ def judge(annotator: str, seed: int, task: str, facts: Mapping[str, Any], shown:
         return None
     if chance("careless") < who.careless:
         return int(5 * chance("at random")) - 2
-    first, second = (score(facts, reply).total + who.length * len(reply.split()) / 10 for reply in shown)
+    known = tuple(facts.items())
+    first, second = (_total(known, reply) + who.length * len(reply.split()) / 10 for reply in shown)
     better = first + who.position - second
     side = _side(better / who.noise, who.tie, chance("side"))
     return side * _strength(side * better, chance("strength"))
+
+
+@lru_cache(maxsize=2**16)  # each annotator reads the same replies
+def _total(facts: tuple[tuple[str, Any], ...], reply: str) -> float:
+    return score(dict(facts), reply).total
 
 
 def _side(d: float, tie: float, at: float) -> int:
