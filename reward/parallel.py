@@ -4,6 +4,7 @@ All processes run the same program on the same data, in step. What costs time is
 share of a list and gets the others' shares. With one process every function does the plain thing.
 """
 
+import atexit
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cache
@@ -30,7 +31,9 @@ def join() -> None:
         from accelerate import PartialState
 
         on_cpu: dict[str, Any] = {"cpu": True, "backend": "gloo"}
-        PartialState(**({} if torch.cuda.is_available() else on_cpu))
+        state = PartialState(**({} if torch.cuda.is_available() else on_cpu))
+        # Threads of gloo that still run when the interpreter goes abort the process.
+        atexit.register(state.destroy_process_group)
 
 
 def wait() -> None:

@@ -13,6 +13,7 @@ import pytest
 
 from stages import cli, config
 from stages.config import KeysOf, Model, NotInKey, Reads, StageConfig, UserError
+from stages.manifest import replace
 from stages.run import Run
 
 
@@ -49,7 +50,7 @@ def train(config: TrainConfig, run: Run) -> None:
             run.log(step=step, loss=1 / (step + 1))
             bar.advance(1, loss=1 / (step + 1))
             time.sleep(config.pause)
-            checkpoint.write_text(str(step + 1))
+            replace(checkpoint, str(step + 1))
     run.record(resumed_at=first)
     weights = run.output("weights")
     if config.end != "lie":
