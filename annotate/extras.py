@@ -94,9 +94,8 @@ def _set_checks(x: Connection, part: int, checks: Sequence[Check]) -> None:
         x.execute(update(Slot).where(Slot.task_id == row.id).values(active=asked))
 
 
-def plan(x: Connection, round_: Any, have: Parts, me: int, name: str, room: int) -> list[Purpose]:
-    """What the next `room` tasks of `me` are for, by the rules of the round."""
-    rules = Rules.model_validate(round_.rules)
+def plan(x: Connection, round_: Any, rules: Rules, have: Parts, me: int, room: int) -> list[Purpose]:
+    """What the next `room` tasks of `me` are for, by the rules of the round (a row of statements.ROUND)."""
     given, done = counts(x, have, me)
     if rules.qualify and given["label"] == 0:
         if given["check"] < rules.first:
@@ -104,9 +103,9 @@ def plan(x: Connection, round_: Any, have: Parts, me: int, name: str, room: int)
         if done["check"] < rules.first or not qualified(x, rules, have, me):
             return []
     handed = [given["label"], given["check"], given["repeat"]]
-    due = rules.repeat_at(given["repeat"], round_.salt, name) <= done["label"]
+    due = rules.repeat_at(given["repeat"], round_.salt, round_.annotator) <= done["label"]
     again = len(_labelled(x, have, me)) if due else 0
-    return rules.plan(round_.salt, name, handed, done["label"], again, room)
+    return rules.plan(round_.salt, round_.annotator, handed, done["label"], again, room)
 
 
 def counts(x: Connection, have: Parts, me: int) -> tuple[dict[Purpose, int], dict[Purpose, int]]:
@@ -135,13 +134,19 @@ def qualified(x: Connection, rules: Rules, have: Parts, me: int) -> bool:
 
 
 def hand_out(
-    x: Connection, round_: Any, have: Parts, me: int, name: str, kinds: Sequence[Purpose], rows: Sequence[Any]
+    x: Connection,
+    round_: Any,
+    rules: Rules,
+    have: Parts,
+    me: int,
+    kinds: Sequence[Purpose],
+    rows: Sequence[Any],
 ) -> list[Next]:
     """`rows` (free slots, the first to be served first) with the checks and repeats of `kinds` among them.
 
     One more row than is handed out says where in the order an extra task stands.
     """
-    rules, given, taken = Rules.model_validate(round_.rules), iter(rows), 0
+    given, taken = iter(rows), 0
     out: list[Next] = []
     for kind in kinds:
         if kind == "label":
@@ -151,11 +156,7 @@ def hand_out(
             taken += 1
             out.append(Next(row.id, row.lease, row.key, row.response_ids))
             continue
-        found = (
-            _check(x, have, me, name, rules, round_.salt)
-            if kind == "check"
-            else _repeat(x, have, me, name, round_.salt)
-        )
+        found = _check(x, have, me, rules, round_) if kind == "check" else _repeat(x, have, me, round_)
         if found is not None:
             task, order = found
             priority = math.nextafter(rows[taken].priority, math.inf) if taken < len(rows) else -1.0
@@ -165,27 +166,25 @@ def hand_out(
     return out
 
 
-def _check(
-    x: Connection, have: Parts, me: int, name: str, rules: Rules, salt: str
-) -> tuple[Any, None] | None:
+def _check(x: Connection, have: Parts, me: int, rules: Rules, round_: Any) -> tuple[Any, None] | None:
     """The next check for `me`: the qualifying ones as they stand in the file, the others as drawn."""
     if "check" not in have:
         return None
 
     def turn(row: Any) -> tuple[float, float]:
         place = row.known["place"]
-        return min(place, rules.first), draw(salt, "check", name, row.key)
+        return min(place, rules.first), draw(round_.salt, "check", round_.annotator, row.key)
 
     rows = [r for r in x.execute(_CHECKS, {"part": have["check"], "me": me}) if r.known["place"] is not None]
     return (min(rows, key=turn), None) if rows else None
 
 
-def _repeat(x: Connection, have: Parts, me: int, name: str, salt: str) -> tuple[Any, list[int]] | None:
+def _repeat(x: Connection, have: Parts, me: int, round_: Any) -> tuple[Any, list[int]] | None:
     """A task that `me` labelled some time ago, and the reverse of the order it was shown in."""
     part, rows = have["repeat"], _labelled(x, have, me)
     if not rows:
         return None
-    row = min(rows, key=lambda row: draw(salt, "repeat", name, row.key))
+    row = min(rows, key=lambda row: draw(round_.salt, "repeat", round_.annotator, row.key))
     same = select(Task.id, Task.key, Task.response_ids).where(Task.round_id == part, Task.key == row.key)
     if x.execute(same).first() is None:
         # Another may be adding it. Whoever adds holds the part, so that nobody can wait in a circle.

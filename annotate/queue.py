@@ -20,7 +20,7 @@ from annotate.extras import Next
 from annotate.form import Answers, Closed, Form, Written, back, fault
 from annotate.keys import plain
 from annotate.records import DataError, draw
-from annotate.rules import Purpose
+from annotate.rules import Rules
 
 TOKEN = re.compile(r"(\d{1,19})-(\d{1,9})-[0-9a-z]{1,20}", re.ASCII)
 """slot - lease - anything that tells this attempt from others. A retry must send the same token."""
@@ -102,7 +102,7 @@ def record(x: Connection, me: int, labels: Sequence[Label], secret: str) -> list
     keys = [_split(plain(secret, label.token)) for label in labels]
     slots = {s for s, _ in keys}
     shown = {(r.slot_id, r.lease): r for r in x.execute(sql.SHOWN, {"slots": slots, "me": me})}
-    revision = {r.slot_id: r.next for r in x.execute(sql.REVISIONS, {"slots": slots})}
+    revision: dict[int, int] = {}
     seen = set(x.execute(sql.SEEN, {"tokens": [label.token for label in labels]}).scalars())
 
     statuses: list[Status] = []
@@ -120,7 +120,7 @@ def record(x: Connection, me: int, labels: Sequence[Label], secret: str) -> list
         if wrong:
             raise DataError(f"label {label.token}: {wrong}")
         if view.held:
-            rev = revision.get(view.slot_id, 0)
+            rev = revision.get(view.slot_id, view.next_rev)
             revision[view.slot_id] = rev + 1
         seen.add(label.token)
         statuses.append("late" if rev is None else "saved")
@@ -139,7 +139,7 @@ def claim(x: Connection, round_id: int, me: int, want: int) -> list[Shown]:
     nothing at all where it is closed.
     """
     now = time.time()
-    round_ = x.execute(sql.ROUND, {"round": round_id}).one()
+    round_ = x.execute(sql.ROUND, {"round": round_id, "me": me}).one()
     if round_.state == "closed":
         return []
     have: extras.Parts = extras.parts(x, round_id) if round_.rules else {"label": round_id}
@@ -148,26 +148,23 @@ def claim(x: Connection, round_id: int, me: int, want: int) -> list[Shown]:
         x.execute(sql.EXTEND, {"slots": [row.id for row in mine], "until": now + round_.lease})
     taken: list[Next] = []
     if len(mine) < want and round_.state == "open":
-        name = x.execute(sql.NAME, {"me": me}).scalar_one()
-        taken = _next(x, round_, have, me, name, want - len(mine), now)
+        taken = _next(x, round_, have, me, want - len(mine), now)
     if taken:
         x.execute(sql.TAKE, [{"slot": row.id, "who": me, "until": now + round_.lease} for row in taken])
-        x.execute(sql.VIEW, [_view(row, me, name, round_.salt, now) for row in taken])
+        x.execute(sql.VIEW, [_view(row, me, round_, now) for row in taken])
     ids = [row.id for row in mine] + [row.id for row in taken]
     return _show(x, x.execute(sql.OPEN, {"slots": ids}).all(), ids)
 
 
-def _next(
-    x: Connection, round_: Any, have: extras.Parts, me: int, name: str, room: int, now: float
-) -> list[Next]:
+def _next(x: Connection, round_: Any, have: extras.Parts, me: int, room: int, now: float) -> list[Next]:
     """The tasks that `me` gets next, `room` of them at most."""
-    plain_ones: list[Purpose] = ["label"] * room
-    kinds = extras.plan(x, round_, have, me, name, room) if round_.rules else plain_ones
-    wanted = len(kinds) if round_.rules is None else kinds.count("label") + 1
+    rules = Rules.model_validate(round_.rules) if round_.rules else None
+    kinds = extras.plan(x, round_, rules, have, me, room) if rules else []
+    wanted = kinds.count("label") + 1 if rules else room
     rows = _available(x, {"me": me, "round": have["label"], "now": now}, wanted, round_.overlap)
-    if round_.rules is None:
+    if rules is None:
         return [Next(row.id, row.lease, row.key, row.response_ids) for row in rows]
-    return extras.hand_out(x, round_, have, me, name, kinds, rows)
+    return extras.hand_out(x, round_, rules, have, me, kinds, rows)
 
 
 def _available(x: Connection, asked: dict[str, Any], want: int, overlap: int) -> list[Any]:
@@ -284,6 +281,6 @@ def _stored(answers: Answers) -> dict[str, Any] | None:
     return answers.model_dump(exclude_defaults=True) or None
 
 
-def _view(row: Next, me: int, name: str, salt: str, now: float) -> dict[str, Any]:
-    order = row.order or display_order(salt, row.key, name, len(row.response_ids))
+def _view(row: Next, me: int, round_: Any, now: float) -> dict[str, Any]:
+    order = row.order or display_order(round_.salt, row.key, round_.annotator, len(row.response_ids))
     return {"slot_id": row.id, "lease": row.lease + 1, "annotator_id": me, "display_order": order, "at": now}

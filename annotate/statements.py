@@ -34,9 +34,13 @@ _slots = bindparam("slots", type_=BigInteger, expanding=True)
 _other = aliased(Slot)
 _first = aliased(Judgement)
 
-ROUND = select(Round.lease, Round.overlap, Round.salt, Round.state, Round.rules).where(Round.id == _round)
-NAME = select(Annotator.name).where(Annotator.id == _me)
-QUEUE = NAME.with_for_update(key_share=True)
+ROUND = (
+    select(Round.lease, Round.overlap, Round.salt, Round.state, Round.rules)
+    .add_columns(Annotator.name.label("annotator"))
+    .join(Annotator, Annotator.id == _me)
+    .where(Round.id == _round)
+)
+QUEUE = select(Annotator.id).where(Annotator.id == _me).with_for_update(key_share=True)
 LOCK = (
     select(Slot.id)
     .where(or_(Slot.id.in_(_slots), and_(Slot.annotator_id == _me, Slot.state == "open")))
@@ -90,16 +94,16 @@ TEXTS = select(Response.id, Response.text).where(Response.id.in_(bindparam("ids"
 SHOWN = (
     select(View.slot_id, View.lease, View.display_order)
     .add_columns(
-        and_(Slot.lease == View.lease, Slot.annotator_id == _me, Round.state != "closed").label("held")
+        and_(Slot.lease == View.lease, Slot.annotator_id == _me, Round.state != "closed").label("held"),
+        select(func.coalesce(func.max(Judgement.rev) + 1, 0))
+        .where(Judgement.slot_id == View.slot_id)
+        .correlate(View)
+        .scalar_subquery()
+        .label("next_rev"),
     )
     .join(Slot, Slot.id == View.slot_id)
     .join(Round, Round.id == Slot.round_id)
     .where(View.slot_id.in_(_slots), View.annotator_id == _me)
-)
-REVISIONS = (
-    select(Judgement.slot_id, (func.max(Judgement.rev) + 1).label("next"))
-    .where(Judgement.slot_id.in_(_slots), Judgement.rev.is_not(None))
-    .group_by(Judgement.slot_id)
 )
 SEEN = select(Judgement.token).where(Judgement.token.in_(bindparam("tokens", expanding=True)))
 JUDGE = insert(Judgement.__table__).values(  # type: ignore[arg-type]

@@ -366,7 +366,7 @@ def kill_under_load(
 
 
 def test_kill_9_loses_no_acknowledged_label(tmp_path: Path) -> None:
-    kill_under_load(f"sqlite:///{tmp_path}/labels.db", kills=2, people=4, seconds=1.0)
+    kill_under_load(f"sqlite:///{tmp_path}/labels.db", kills=5, people=4, seconds=1.0)
 
 
 @pytest.mark.soak

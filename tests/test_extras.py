@@ -477,8 +477,8 @@ def test_a_step_takes_as_many_statements_after_many_labels_and_no_more_where_the
     round_id = store.open_round("r", ITEMS, overlap=2, checks=CHECKS, rules=Rules(repeats=0.1, at_most=50))
     without = [statements(store, plain_round, me) for _ in range(40)]
     with_rules = [statements(store, round_id, me) for _ in range(40)]
-    usual = 14 if store.url.startswith("sqlite") else 15
-    more = usual - 14  # of tasks with several slots PostgreSQL is asked for one at a time
+    usual = 12 if store.url.startswith("sqlite") else 13
+    more = usual - 12  # of tasks with several slots PostgreSQL is asked for one at a time
     assert set(without) == {usual}
     assert min(with_rules) == usual + 3 + more  # the parts of the round, and how much there was of each
     assert max(with_rules) <= usual + 3 + more + 7  # where a check or a repeat is handed out
