@@ -8,6 +8,7 @@ network, Luby and Rackoff 1988) that needs the secret.
 
 import hashlib
 import hmac
+from functools import lru_cache
 
 FIRST = 10**18
 HALF = 31
@@ -18,6 +19,7 @@ LEASE = 20
 ROUNDS = range(6)
 
 
+@lru_cache(maxsize=2**14)  # a page is told of the same tasks several times
 def hidden(secret: str, key: str) -> str:
     """The key or token with its slot and lease hidden."""
     slot, lease, rest = _parted(key)
