@@ -376,7 +376,8 @@ def contend(url: str, tasks: int, processes: int, people: int, overlap: int = 3,
     workers = [context.Process(target=work, args=(url, 100 * p, people, out)) for p in range(processes)]
     for worker in workers:
         worker.start()
-    told = [entry for _ in workers for entry in out.get(timeout=600)]
+    patience = 600 + overlap * tasks / 50  # seconds: a slow machine writes 50 labels in one
+    told = [entry for _ in workers for entry in out.get(timeout=patience)]
     for worker in workers:
         worker.join()
 
