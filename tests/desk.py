@@ -108,7 +108,7 @@ class Desk:
         self.ready()
 
     def ready(self) -> None:
-        self.page.wait_for_selector('.stage[data-state="task"]', timeout=15_000)
+        self.page.wait_for_selector('.stage[data-state="task"]', timeout=60_000)
         if self.page.is_visible(".guidelines"):  # on the first visit
             self.page.keyboard.press("Enter")
             self.page.wait_for_selector(".guidelines", state="hidden")
@@ -134,4 +134,4 @@ class Desk:
         return task, KEYS[key] if left == self.served.items[task].completions[0] else -KEYS[key]
 
     def sent(self) -> None:
-        self.page.wait_for_selector('.stage[data-unsent="0"]', state="attached", timeout=15_000)
+        self.page.wait_for_selector('.stage[data-unsent="0"]', state="attached", timeout=60_000)

@@ -169,7 +169,7 @@ def test_guidelines_come_first_and_again_when_they_change(visit: Visit, tmp_path
     desk.judge("2")  # under the old ones, whenever it arrives
     served.options["guidelines"] = "Prefer the *kind*.<script>window.hacked=1</script>"
     served.start()
-    desk.page.wait_for_selector(".guidelines em:text('kind')", timeout=20_000)
+    desk.page.wait_for_selector(".guidelines em:text('kind')", timeout=60_000)
     desk.press("1")  # not before they are read
     assert len(served.labels("quin")) == 2
     desk.page.keyboard.press("Enter")
@@ -236,7 +236,7 @@ def test_labels_survive_a_killed_server_and_a_closed_page(visit: Visit, served: 
     served.start()
     page = context.new_page()
     page.goto(served.home)
-    page.wait_for_selector('.stage[data-state="task"][data-unsent="0"]', timeout=15_000)
+    page.wait_for_selector('.stage[data-state="task"][data-unsent="0"]', timeout=60_000)
     assert {task: label.preference for task, label in served.labels("cat").items()} == dict(done)
     page.keyboard.press("u")  # and they can be changed after a reload
     page.wait_for_selector('.stage[data-state="past"] [aria-pressed="true"][data-value="0"]')
@@ -350,7 +350,7 @@ def test_labels_on_texts_that_fill_the_browsers_storage_are_kept(visit: Visit, t
     context.set_offline(False)
     page = context.new_page()
     page.goto(served.home)
-    page.wait_for_selector('.stage[data-state="task"][data-unsent="0"]', timeout=15_000)
+    page.wait_for_selector('.stage[data-state="task"][data-unsent="0"]', timeout=60_000)
     assert len(served.labels("lou")) == 3
     served.kill()
 

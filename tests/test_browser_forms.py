@@ -53,7 +53,7 @@ def test_a_page_open_while_another_round_is_served_loses_nothing(work: Callable[
     ranked = [item(n, 3) for n in range(3)]
     served.options |= {"round": served.store.open_round("other", ranked), "form": RANKS}
     served.start()
-    desk.page.wait_for_selector('.stage[data-kind="ranking"][data-state="task"]', timeout=20_000)
+    desk.page.wait_for_selector('.stage[data-kind="ranking"][data-state="task"]', timeout=60_000)
     desk.ready()
     assert {task: label.preference for task, label in served.labels("ann").items()} == judged
     for key in "123":

@@ -170,7 +170,7 @@ def test_a_shift_with_a_check_told_of_a_pause_a_repeat_and_the_end(browser: Chro
     desk.page.wait_for_function("document.querySelector('.empty').textContent.startsWith('Paused')")
     stored = len(served.labels("ann"))
     quality.set_state(served.store, served.round, "open")
-    desk.page.wait_for_selector('.stage[data-state="task"]', timeout=15_000)  # by itself
+    desk.page.wait_for_selector('.stage[data-state="task"]', timeout=60_000)  # by itself
 
     again = None
     while again is None:
@@ -227,7 +227,7 @@ def test_labels_that_came_while_the_round_was_closed_are_asked_for_again_when_it
     quality.set_state(served.store, served.round, "open")
     desk.page.keyboard.press("Enter")
     for done in range(1, 5):
-        desk.page.wait_for_selector('.stage[data-state="task"]', timeout=30_000)
+        desk.page.wait_for_selector('.stage[data-state="task"]', timeout=60_000)
         desk.press("2")
         desk.sent()
         assert len(served.labels("ann")) == done
