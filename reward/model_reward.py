@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerBase
 from annotate.records import DataError, Message
 from reward.batch import Example
 from reward.model import CheckpointError, load_reward, load_tokenizer, same_vocabulary
+from reward.paths import chosen
 from reward.tokens import completion_ids as ids_of_completion
 from reward.tokens import prompt_ids as ids_of_prompt
 from reward.tokens import rewards
@@ -62,7 +63,7 @@ class ModelReward:
         ]
         for prompt, example in zip(prompts, examples, strict=True):
             self._check_length(prompt, example)
-        return [score for (score,) in rewards(self.model, examples)]
+        return [score for (score,) in rewards(chosen(self.model, examples), examples)]
 
     def _tokenised(self, prompt: Prompt, completion: str, stopped: bool) -> Example:
         if isinstance(prompt, str):

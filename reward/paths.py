@@ -1,8 +1,9 @@
 """Which shortcuts give a model's own numbers: found out by trying them, once, on rows of the training itself.
 
-Two completions of one prompt can share its row, and logits can be made in chunks from the states below the
-head. Both hold for most decoders and fail for some (a sliding window, ALiBi, a recurrent state, an encoder,
-a head that scales or caps its logits), in ways that a list of architectures would never keep up with.
+Two completions of one prompt can share its row, logits can be made in chunks from the states below the head,
+and the last layer can work where it is read alone. All hold for most decoders and fail for some (a sliding
+window, ALiBi, a recurrent state, an encoder, a head that scales or caps its logits), in ways that a list of
+architectures would never keep up with.
 """
 
 from collections.abc import Sequence
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from reward.batch import Batch, Example
+from reward.last_layer import layers_of, reading
 from reward.tokens import Path, device_of, inputs, pad_id, trunk
 
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
@@ -31,15 +33,26 @@ def choose(model: Any, examples: Sequence[Example]) -> Path:
     if several:
         shares, why = attempt(lambda: _shared_error(model, tried))
     chunks, why_not = attempt(lambda: _head_error(model, tried))
+    name, _ = layers_of(trunk(model)) or ("", None)
+    alone, why_whole = attempt(lambda: _last_layer_error(model, tried, shares, name))
     model.train(training)
-    path = Path(shares, chunks, f"{why}; {why_not}")
+    path = Path(shares, chunks, name if alone else "", (why, why_not, why_whole))
     model.path = path
     return path
 
 
+def chosen(model: Any, examples: Sequence[Example]) -> Any:
+    """The model; its shortcuts are tried on these examples if they have not been on any."""
+    if not hasattr(model, "path"):
+        choose(model, examples)
+    return model
+
+
 def describe(path: Path) -> str:
+    of_rows, _, of_layer = path.why
     rows = "completions of a prompt share its row" if path.shares else "a row for each completion"
-    return f"{rows} ({path.why.split('; ')[0]})"
+    layer = "where it is read alone" if path.layers else "everywhere"
+    return f"{rows} ({of_rows}); the last layer works {layer} ({of_layer})"
 
 
 def attempt(error: Any) -> tuple[bool, str]:
@@ -68,6 +81,19 @@ def _head_error(model: Any, examples: Sequence[Example]) -> tuple[float, float]:
     logits = model(**inputs(model, batch), logits_to_keep=batch.predicts).logits
     hidden = trunk(model)(**inputs(model, batch)).last_hidden_state[batch.predicts]
     return difference(logits, head(hidden))
+
+
+def _last_layer_error(
+    model: Any, examples: Sequence[Example], shared: bool, name: str
+) -> tuple[float, float]:
+    """Are the states those of the whole layer, where the first tokens of the completions alone are read?"""
+    batch = Batch.of(examples, pad_id(model), device_of(model), shared)
+    firsts = batch.predicts & ~batch.predicts.roll(1, dims=1)
+    if not name:
+        raise TypeError("found no list of its layers")
+    whole = trunk(model)(**inputs(model, batch)).last_hidden_state[firsts]
+    with reading(trunk(model), name, firsts) as read:
+        return difference(whole, trunk(model)(**inputs(model, batch)).last_hidden_state[read])
 
 
 def _states(model: Any, batch: Batch) -> Tensor:

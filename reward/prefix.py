@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from annotate.records import DataError
 from reward.batch import Batch, Example
+from reward.last_layer import layers_of
 from reward.paths import attempt, difference
 from reward.tokens import device_of, inputs, trunk
 
@@ -122,12 +123,10 @@ class _HandOn(nn.Module):
 
 
 def _layers(model: Any) -> tuple[str, Any]:
-    """Name and list of the trunk's layers; outer lists come first, so no list of experts is taken for it."""
-    count = model.config.get_text_config().num_hidden_layers
-    for name, module in trunk(model).named_modules():
-        if isinstance(module, nn.ModuleList) and len(module) == count:
-            return name, module
-    raise _cannot(model, f"found no list of its {count} layers")
+    found = layers_of(trunk(model))
+    if found is None:
+        raise _cannot(model, "found no list of its layers")
+    return found
 
 
 @torch.no_grad()

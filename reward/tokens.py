@@ -5,6 +5,7 @@ the same sequence: the chat template up to the reply, the reply's own tokens, th
 """
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -16,6 +17,7 @@ from transformers import PreTrainedTokenizerBase
 from annotate.records import Message
 from reward.batch import Batch, Example, micro_batches
 from reward.head import LARGE, head_logprobs
+from reward.last_layer import reading
 from reward.parallel import shared
 
 T = TypeVar("T")
@@ -29,7 +31,10 @@ class Path:
     """The completions of one prompt share a row."""
     chunks: bool = False
     """Logits are the head's product with the trunk's states, so they can be made in chunks."""
-    why: str = "not tried"
+    layers: str = ""
+    """Name of the trunk's list of layers, whose last can work where it is read alone; empty if it cannot."""
+    why: tuple[str, ...] = ()
+    """Of rows, chunks and layers, in this order."""
 
 
 def prompt_ids(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> list[int]:
@@ -58,12 +63,15 @@ def forward(model: nn.Module, batch: Batch, temperature: float = 1.0) -> tuple[T
     vocabulary = model.get_output_embeddings().weight.shape[0]  # type: ignore[operator]
     value_head = getattr(model, "value_head", None)
     if path.chunks and batch.targets.numel() * vocabulary > LARGE:
-        states = trunk(model)(**inputs(model, batch)).last_hidden_state[batch.predicts]
+        states = states_at(model, batch, batch.predicts)
         head: Any = model.get_output_embeddings()  # type: ignore[operator]
         logps = head_logprobs(states, head.weight, batch.targets, temperature, head.bias)
     else:
-        with HeadInput(model, wanted=value_head is not None) as hidden:
-            logits = model(**inputs(model, batch), logits_to_keep=batch.predicts).logits
+        with (
+            HeadInput(model, wanted=value_head is not None) as hidden,
+            read_at(model, batch.predicts) as read,
+        ):
+            logits = model(**inputs(model, batch), logits_to_keep=read).logits
         logits, states = logits.float(), hidden.states
         if temperature != 1.0:  # a division by 1 would still be a pass over the largest tensor there is
             logits = logits / temperature
@@ -76,7 +84,7 @@ def forward(model: nn.Module, batch: Batch, temperature: float = 1.0) -> tuple[T
 
 def state_values(model: Any, batch: Batch) -> Tensor:
     """(K, C) fp32 values of the states before each completion token, by a sequence-classification model."""
-    states = trunk(model)(**inputs(model, batch)).last_hidden_state[batch.predicts]
+    states = states_at(model, batch, batch.predicts)
     return batch.pad(model.score(states).float().squeeze(-1))
 
 
@@ -88,13 +96,29 @@ def scores(model: Any, batch: Batch) -> Tensor:
     model cannot gather at the end. Else it is read at the last token, as elsewhere. Positions come from the
     segments; `transformers` would look for the last id that is not pad, the wrong token where pad = eos.
     """
-    hidden = trunk(model)(**inputs(model, batch)).last_hidden_state
-    at_token = batch.pad(model.score(hidden[batch.predicts.roll(1, dims=1)]).float().squeeze(-1))
-    lengths = batch.mask.sum(1).clamp(min=1)
+    tokens = batch.predicts.roll(1, dims=1)
     if getattr(model.config, "reward_reads", "last") == "reply":
-        total: Tensor = at_token.sum(1) / lengths
-        return total
-    return at_token.gather(1, lengths[:, None] - 1).squeeze(1)
+        at_token = batch.pad(model.score(states_at(model, batch, tokens)).float().squeeze(-1))
+        mean: Tensor = at_token.sum(1) / batch.mask.sum(1).clamp(min=1)
+        return mean
+    lasts = (batch.mask & ~F.pad(batch.mask[:, 1:], (0, 1)))[batch.mask]
+    ends = tokens.masked_scatter(tokens, lasts)
+    found = model.score(states_at(model, batch, ends)).float().squeeze(-1)
+    of_ends: Tensor = found.new_zeros(len(batch.mask)).masked_scatter(batch.mask.any(1), found)
+    return of_ends
+
+
+def states_at(model: Any, batch: Batch, at: Tensor) -> Tensor:
+    """(N, d) below the head, where `at` (R, T) bool is true."""
+    with read_at(model, at) as read:
+        states: Tensor = trunk(model)(**inputs(model, batch)).last_hidden_state[read]
+    return states
+
+
+def read_at(model: Any, at: Tensor) -> AbstractContextManager[Tensor]:
+    """Around a pass that is read at `at` (R, T) alone; gives the mask that finds these in what it returns."""
+    path: Path = getattr(model, "path", Path())
+    return reading(trunk(model), path.layers, at) if path.layers else nullcontext(at)
 
 
 def inputs(model: Any, batch: Batch) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from annotate.records import Message
 from reward.batch import Example, micro_batches
 from reward.model import disable_dropout, load_policy, load_tokenizer, without_gradient
+from reward.paths import chosen
 from reward.prefix import Prefix, unpadded
 from reward.tokens import batch_of, device_of, forward, logprobs, prompt_ids, token_budget
 from stages.errors import UserError
@@ -88,7 +89,7 @@ class Reference:
         if self.prefix is not None:
             return self._from_states(self.prefix, examples, temperature)
         with self._in_place():
-            found = logprobs(self.model or self.policy, examples, temperature)
+            found = logprobs(chosen(self.model or self.policy, examples), examples, temperature)
         return [row for (row,) in found], [None] * len(examples)
 
     @torch.no_grad()

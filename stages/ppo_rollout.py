@@ -15,6 +15,7 @@ from torch import Tensor
 
 from reward.batch import Example
 from reward.functions import RunningScale, Scores
+from reward.paths import chosen
 from reward.sampler import Sample, Sampler
 from reward.tokens import logprobs_and_values, values
 from stages.ppo_config import PPOConfig
@@ -121,7 +122,7 @@ class Actor:
             examples = [Example(e.prompt, (e.completions[0] + [pad] * more,)) for e, more in extended]
             found = [row for (row,) in logprobs_and_values(self.policy, examples, self.args.temperature)]
         elif hasattr(self.policy, "value_model"):
-            of_states = [row for (row,) in values(self.policy.value_model, examples)]
+            of_states = [row for (row,) in values(chosen(self.policy.value_model, examples), examples)]
             found = [(s.logprobs, v) for s, v in zip(samples, of_states, strict=True)]
         else:
             found = [(s.logprobs, s.values) for s in samples]

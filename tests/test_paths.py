@@ -3,14 +3,14 @@
 import pytest
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, BloomConfig, Gemma2Config, MistralConfig
+from transformers import AutoModelForCausalLM, BloomConfig, Gemma2Config, GPT2LMHeadModel, MistralConfig
 
 import reward.tokens
 from reward.batch import Batch, Example, micro_batches
 from reward.head import head_logprobs
 from reward.model import load_policy, new_reward_model
 from reward.paths import choose, describe
-from reward.tokens import Path, batch_of, forward, logprobs, rewards
+from reward.tokens import batch_of, forward, logprobs, rewards
 from tests import tiny
 
 EXAMPLES = [
@@ -68,7 +68,8 @@ def test_shared_rows_and_chunks_give_the_gradient_of_plain_rows(folder, attentio
     model, _ = load_policy(folder)
     model.set_attn_implementation(attention)
     plain = gradient_of(model, batch_of(model, EXAMPLES))
-    assert choose(model, EXAMPLES) == Path(True, True, model.path.why)
+    path = choose(model, EXAMPLES)
+    assert path.shares and path.chunks and bool(path.layers) != isinstance(model, GPT2LMHeadModel)
     monkeypatch.setattr(reward.tokens, "LARGE", 0)
     fast = gradient_of(model, batch_of(model, EXAMPLES))
     assert (fast - plain).norm() / plain.norm() < 1e-5
@@ -139,7 +140,7 @@ def test_a_model_that_refuses_such_masks_keeps_plain_rows():
             raise ValueError("only masks of two dimensions\nand more")
 
     model.transformer.register_forward_pre_hook(refuses, with_kwargs=True)
-    assert describe(choose(model, EXAMPLES)).endswith("(refused: only masks of two dimensions)")
+    assert "(refused: only masks of two dimensions)" in describe(choose(model, EXAMPLES))
 
 
 def test_one_completion_a_prompt_has_nothing_to_share(folder):

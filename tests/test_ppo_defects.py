@@ -76,7 +76,8 @@ def test_gradients_are_clipped(tmp_path):
 
 
 def test_activations_are_checkpointed_when_asked(tmp_path):
-    """gradient_checkpointing was ignored. Active, a layer runs once more in backward, to the same weights."""
+    """gradient_checkpointing was ignored. Active, a layer runs again in backward, to the same weights, but
+    for rounding: without it the last layer works where it is read alone."""
 
     def trained(on):
         trainer, calls = setting(tmp_path, activation_checkpointing=on), []
@@ -95,7 +96,8 @@ def test_activations_are_checkpointed_when_asked(tmp_path):
 
     (plain, once), (checkpointed, twice) = trained(False), trained(True)
     assert twice == 2 * once
-    assert tiny.same_weights(plain, checkpointed)
+    for of_plain, of_checkpointed in zip(plain.parameters(), checkpointed.parameters(), strict=True):
+        torch.testing.assert_close(of_plain, of_checkpointed, atol=1e-5, rtol=0)
 
 
 def test_bf16_is_honoured(tmp_path):
