@@ -8,7 +8,8 @@ from annotate import quality
 from annotate.form import Closed, Form
 from annotate.keys import hidden, is_hidden, plain
 from annotate.markdown import render
-from annotate.queue import KEY, Label, Shown
+from annotate.queue import Shown
+from annotate.recording import KEY, Label
 from annotate.records import DataError
 from annotate.store import Store, Who
 

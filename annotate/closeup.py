@@ -9,7 +9,8 @@ from sqlalchemy import and_, func, select
 
 from annotate.form import Answers, Form, back
 from annotate.ledger import Ledger
-from annotate.queue import as_shown, display_order
+from annotate.queue import display_order
+from annotate.recording import as_shown
 from annotate.schema import Annotator, FormText, Judgement, Prompt, Response, Slot, Task, View
 
 LONGEST = 4000

@@ -31,7 +31,7 @@ from sqlalchemy import (
 )
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
-VERSION = 4
+VERSION = 5
 """Of this schema: its newest revision in migrations/versions. A database of a newer one is refused."""
 
 Exact = String().with_variant(JSON(), "postgresql")
@@ -69,6 +69,8 @@ class Round(Base):
     """The round among whose tasks those of this one are mixed: it holds that round's checks or repeats."""
     purpose: Mapped[str] = mapped_column(server_default="label")
     """annotate.rules.Purpose"""
+    opened: Mapped[int] = mapped_column(server_default="0")
+    """How often its list was made since the first time: the queue may then be another one."""
     __table_args__ = (
         CheckConstraint("state in ('open', 'paused', 'closed')"),
         CheckConstraint("purpose in ('label', 'check', 'repeat')"),

@@ -1,7 +1,8 @@
-"""The statements of `annotate.queue`, built once."""
+"""The statements of `annotate.recording`, `annotate.queue` and `annotate.store`, built once."""
 
 from sqlalchemy import (
     BigInteger,
+    Float,
     Integer,
     and_,
     bindparam,
@@ -35,7 +36,7 @@ _other = aliased(Slot)
 _first = aliased(Judgement)
 
 ROUND = (
-    select(Round.lease, Round.overlap, Round.salt, Round.state, Round.rules)
+    select(Round.lease, Round.overlap, Round.salt, Round.state, Round.rules, Round.opened)
     .add_columns(Annotator.name.label("annotator"))
     .join(Annotator, Annotator.id == _me)
     .where(Round.id == _round)
@@ -54,7 +55,7 @@ MINE = (
     .limit(_n)
 )
 AVAILABLE = (
-    select(Slot.id, Slot.task_id, Slot.lease, Slot.priority, Task.key, Task.response_ids)
+    select(Slot.id, Slot.task_id, Slot.lease, Slot.priority, Slot.state, Task.key, Task.response_ids)
     .join(Task, Task.id == Slot.task_id)
     .where(
         Slot.round_id == _round,
@@ -69,8 +70,11 @@ AVAILABLE = (
 )
 # Literal conditions, as the partial indexes have them: with a parameter they would not be used.
 _active = Slot.active == true()
-FREE = AVAILABLE.where(Slot.state == literal_column("'free'"), _active).order_by(
-    Slot.priority.desc(), Slot.id
+_priority, _slot = bindparam("priority", type_=Float), bindparam("slot", type_=BigInteger)
+FREE = (
+    AVAILABLE.where(Slot.state == literal_column("'free'"), _active)
+    .where(Slot.priority <= _priority, or_(Slot.priority < _priority, Slot.id > _slot))  # the index seeks
+    .order_by(Slot.priority.desc(), Slot.id)
 )
 EXPIRED = AVAILABLE.where(
     Slot.state == literal_column("'open'"), _active, Slot.lease_until < bindparam("now")
@@ -126,4 +130,16 @@ HISTORY = (
     )
     .order_by(_first.id.desc())
     .limit(_n)
+)
+_highest = (
+    select(Judgement.slot_id, func.max(Judgement.rev).label("rev")).group_by(Judgement.slot_id).subquery()
+)
+LABELS = (
+    select(Task.key, Annotator.name, Judgement.preference, Judgement.answers, View.display_order)
+    .join(_highest, and_(_highest.c.slot_id == Judgement.slot_id, _highest.c.rev == Judgement.rev))
+    .join(View, and_(View.slot_id == Judgement.slot_id, View.lease == Judgement.lease))
+    .join(Slot, Slot.id == Judgement.slot_id)
+    .join(Task, Task.id == Slot.task_id)
+    .join(Annotator, Annotator.id == Judgement.annotator_id)
+    .where(Slot.round_id == _round)
 )

@@ -2,7 +2,8 @@
 
 One transaction does all that a labelling page or a simulated annotator needs (`Store.step`): record finished
 labels, hand out what comes next. It returns after COMMIT has reached the disk, so whoever is told "saved" can
-rely on it. The guarantees are in `annotate.schema`, the two hot functions in `annotate.queue`.
+rely on it. The guarantees are in `annotate.schema`, the two hot functions in `annotate.recording` and
+`annotate.queue`.
 """
 
 import hashlib
@@ -20,11 +21,13 @@ from sqlalchemy import Connection, bindparam, delete, func, insert, or_, orm, se
 from sqlalchemy.exc import DBAPIError, IntegrityError
 from sqlalchemy.exc import TimeoutError as NoConnection
 
-from annotate import extras, queue, rounds
+from annotate import extras, queue, recording, rounds
+from annotate import statements as sql
 from annotate.engine import fault, open_engine, printable
 from annotate.form import Answers, Form
 from annotate.migrations import ready
-from annotate.queue import Label, Past, Shown, Status
+from annotate.queue import Past, Shown
+from annotate.recording import Label, Status
 from annotate.records import DataError, Item, Kind, Role
 from annotate.rules import Check, Rules
 from annotate.schema import (
@@ -32,12 +35,9 @@ from annotate.schema import (
     FormText,
     Guideline,
     Invitation,
-    Judgement,
     Round,
     Session,
     Slot,
-    Task,
-    View,
 )
 
 LEASE = 1800.0
@@ -89,6 +89,7 @@ class Store:
         # Threads of one process queue here: SQLite's own way of waiting sleeps, which costs more than half.
         one_file = self._engine.dialect.name == "sqlite"
         self._one_writer: AbstractContextManager[object] = threading.Lock() if one_file else nullcontext()
+        self._places: dict[tuple[int, int], queue.Place] = {}  # by round and annotator
         with self.transaction() as x:
             self.id = ready(x, printable(self.url))
 
@@ -141,7 +142,8 @@ class Store:
                 )
             else:
                 round_id = int(found.id)
-                x.execute(update(Round).where(Round.id == round_id).values(overlap=overlap, lease=lease))
+                changed = {"overlap": overlap, "lease": lease, "opened": Round.opened + 1}
+                x.execute(update(Round).where(Round.id == round_id).values(changed))
             asked = {item.task: item for item in items}
             tasks = rounds.add_tasks(x, round_id, asked)
             rounds.add_slots(x, round_id, tasks, overlap, names, salt, rounds.ranked(asked, salt))
@@ -161,10 +163,12 @@ class Store:
         A task stays with its annotator until labelled, or taken over after its lease, so asking again gives
         the same tasks. A batch costs little more than one label.
         """
+        place = self._places.get((round_id, annotator), queue.HEAD)
         with self.transaction() as x:
-            queue.lock(x, annotator, labels, self.id)
-            statuses = queue.record(x, annotator, labels, self.id) if labels else []
-            shown = queue.claim(x, round_id, annotator, want) if want else []
+            recording.lock(x, annotator, labels, self.id)
+            statuses = recording.record(x, annotator, labels, self.id) if labels else []
+            shown, place = queue.claim(x, round_id, annotator, want, place) if want else ([], place)
+        self._places[round_id, annotator] = place
         return statuses, shown
 
     def history(self, round_id: int, annotator: int, limit: int = 20) -> list[Past]:
@@ -207,24 +211,10 @@ class Store:
 
     def labels(self, round_id: int) -> list[Current]:
         """The labels that count, sorted by task and annotator; those on tasks no longer listed too."""
-        highest = (
-            select(Judgement.slot_id, func.max(Judgement.rev).label("rev"))
-            .group_by(Judgement.slot_id)
-            .subquery()
-        )
-        query = (
-            select(Task.key, Annotator.name, Judgement.preference, Judgement.answers, View.display_order)
-            .join(highest, (highest.c.slot_id == Judgement.slot_id) & (highest.c.rev == Judgement.rev))
-            .join(View, (View.slot_id == Judgement.slot_id) & (View.lease == Judgement.lease))
-            .join(Slot, Slot.id == Judgement.slot_id)
-            .join(Task, Task.id == Slot.task_id)
-            .join(Annotator, Annotator.id == Judgement.annotator_id)
-            .where(Slot.round_id == round_id)
-        )
         with self.connection() as x:
             found = [
                 Current(task, name, preference, Answers.model_validate(answers or {}), order)
-                for task, name, preference, answers, order in x.execute(query)
+                for task, name, preference, answers, order in x.execute(sql.LABELS, {"round": round_id})
             ]
         return sorted(found, key=lambda label: (label.task, label.annotator))
 
@@ -232,7 +222,7 @@ class Store:
         """A secret by which this person enters. Ends the invitation, sessions and role they had before."""
         me, secret = self.annotator(name), secrets.token_urlsafe(32)
         with self.transaction() as x:
-            queue.lock(x, me, [], self.id)
+            recording.lock(x, me, [], self.id)
             x.execute(delete(Session).where(Session.annotator_id == me))
             x.execute(delete(Invitation).where(Invitation.annotator_id == me))
             x.execute(update(Annotator).where(Annotator.id == me).values(role=role))

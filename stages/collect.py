@@ -116,7 +116,7 @@ def main(config: Config, run: Run) -> None:
 
 def simulate(store: "Store", items: Mapping[str, Item], overlap: int, run: Run) -> int:
     """Fill a round of this run's own through the code path of people. Continues what a killed run left."""
-    from annotate.queue import Label
+    from annotate.recording import Label
     from stages.helpdesk.annotators import ANNOTATORS, judge
 
     if overlap > len(ANNOTATORS):

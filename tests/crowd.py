@@ -8,7 +8,8 @@ from unittest.mock import patch
 
 from sqlalchemy import insert, select
 
-from annotate.queue import Label, Shown
+from annotate.queue import Shown
+from annotate.recording import Label
 from annotate.records import Item
 from annotate.schema import Judgement, Slot, Task, View
 from annotate.store import Store
@@ -17,8 +18,8 @@ from annotate.store import Store
 @contextmanager
 def clock(at: float) -> Iterator[None]:
     """What the label database is told the time is."""
-    with patch("annotate.queue.time") as fake:
-        fake.time.return_value = at
+    with patch("annotate.queue.time") as claimed, patch("annotate.recording.time") as recorded:
+        claimed.time.return_value = recorded.time.return_value = at
         yield
 
 

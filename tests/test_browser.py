@@ -9,7 +9,7 @@ import pytest
 from playwright.sync_api import Browser
 from sqlalchemy import text
 
-from annotate.queue import Label
+from annotate.recording import Label
 from annotate.records import Item, Message, prompt_id
 from tests.desk import Desk, Served, chromium
 

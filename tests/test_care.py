@@ -7,7 +7,7 @@ import pytest
 from sqlalchemy import text
 
 from annotate.care import FAULTS, backup, check
-from annotate.queue import Label
+from annotate.recording import Label
 from annotate.records import DataError
 from annotate.schema import VERSION
 from annotate.store import Store

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from annotate.form import Form
-from annotate.queue import Label
+from annotate.recording import Label
 from annotate.records import Item, Judgement, prompt_id, read, write
 from annotate.store import Store
 from stages import cli, people

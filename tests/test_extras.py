@@ -18,7 +18,8 @@ from sqlalchemy import event, text
 from annotate import extras, quality
 from annotate.form import Answers, Form
 from annotate.keys import FIRST, hidden, plain
-from annotate.queue import Label, Shown
+from annotate.queue import Shown
+from annotate.recording import Label
 from annotate.records import DataError, Message
 from annotate.rules import APART, Check, Known, Qualify, Rules
 from annotate.store import Progress, Store

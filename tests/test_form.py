@@ -8,7 +8,7 @@ from pydantic import ValidationError
 from sqlalchemy import text
 
 from annotate.form import Answers, Edit, Form, back, fault
-from annotate.queue import Label
+from annotate.recording import Label
 from annotate.records import DataError, Item, Judgement, Message, prompt_id, read
 from annotate.store import Store
 from stages import collect

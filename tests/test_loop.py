@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from annotate.queue import Label
+from annotate.recording import Label
 from annotate.records import Completion, Judgement, read
 from annotate.store import Store
 from stages.config import load

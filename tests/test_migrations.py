@@ -16,7 +16,7 @@ from annotate.care import check
 from annotate.engine import open_engine
 from annotate.form import Form
 from annotate.migrations import upgrade
-from annotate.queue import Label
+from annotate.recording import Label
 from annotate.records import DataError
 from annotate.schema import VERSION, Base
 from annotate.store import Store

@@ -13,7 +13,8 @@ from annotate.closeup import LONGEST, as_they_saw_them, clipped, in_drawn_order,
 from annotate.form import Answers, Edit, Form
 from annotate.ledger import Ledger
 from annotate.overview import disputed, newest, overview
-from annotate.queue import Label, Shown
+from annotate.queue import Shown
+from annotate.recording import Label
 from annotate.schema import Judgement, Slot
 from annotate.store import Store
 from tests.crowd import clock, fill, judge

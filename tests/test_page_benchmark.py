@@ -13,6 +13,7 @@ def test_each_side_stores_every_label(side: str) -> None:
 
 def test_a_long_list_is_filled_and_worked() -> None:
     assert len(next_pair(tasks=40, steps=10)) == 10
+    assert len(next_pair(tasks=40, steps=5, overlap=3, ahead=12)) == 5
 
 
 def test_the_report_says_how_it_was_made() -> None:

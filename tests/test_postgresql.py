@@ -23,7 +23,7 @@ from annotate.engine import open_engine
 from annotate.form import Form
 from annotate.gate import UNREACHABLE, Gate, cookie_name
 from annotate.ledger import Ledger
-from annotate.queue import Label
+from annotate.recording import Label
 from annotate.records import DataError, Item
 from annotate.researcher import Recent
 from annotate.store import Store, Who
@@ -70,6 +70,20 @@ def test_two_servers_on_one_database_lose_and_double_nothing(postgres: "Postgres
     assert Counter(Counter(label.task for label in found).values()) == {overlap: tasks}
     assert len({(label.task, label.annotator) for label in found}) == overlap * tasks
     assert check(url)[1] == []
+    store.close()
+
+
+def test_a_slot_that_another_held_for_a_moment_is_found_again_from_the_head(postgres: "Postgres") -> None:
+    store = Store(postgres.database())
+    round_id, ann = store.open_round("r", [item(n) for n in range(3)]), store.annotator("ann")
+    with store.connection() as x:  # a step that takes the first slot, and fails
+        x.execute(text("select id from slots order by priority desc limit 1 for update"))
+        _, [second] = store.step(round_id, ann, want=1)
+    tasks = [second.task]
+    while views := store.step(round_id, ann, [Label(token=f"{second.key}-a", preference=1)], want=1)[1]:
+        [second] = views
+        tasks.append(second.task)
+    assert len(set(tasks)) == len(tasks) == 3 and store.progress(round_id).done == 3
     store.close()
 
 

@@ -15,7 +15,8 @@ from sqlalchemy.exc import IntegrityError
 
 from annotate.care import check
 from annotate.form import Answers
-from annotate.queue import Label, Past, Shown
+from annotate.queue import Past, Shown
+from annotate.recording import Label
 from annotate.records import DataError, Item, Message, prompt_id
 from annotate.store import Store
 
@@ -329,13 +330,24 @@ def test_claims_use_the_partial_indexes(store: Store) -> None:
     sqlite = store.url.startswith("sqlite")
     for query, index in ((FREE, "slots_free"), (EXPIRED, "slots_open")):
         with store.connection() as x:
-            values = {"round": 1, "me": 1, "n": 3, "now": 0.0, "but": []}
+            values = {"round": 1, "me": 1, "n": 3, "now": 0.0, "but": [], "priority": 0.5, "slot": 1}
             compiled = query.params(values).compile(x, compile_kwargs={"literal_binds": True})
             if not sqlite:  # which reads so few rows without any index
                 x.exec_driver_sql("set enable_seqscan = off")
             explain = "explain query plan" if sqlite else "explain"
             plan = " ".join(str(row) for row in x.exec_driver_sql(f"{explain} {compiled}"))
         assert index in plan and "TEMP B-TREE" not in plan and "Sort" not in plan, plan
+        if sqlite and query is FREE:
+            assert "priority<" in plan  # it starts at a place, and does not walk there
+
+
+def test_a_list_made_anew_is_served_from_its_head(store: Store) -> None:
+    round_id, ann = store.open_round("r", ITEMS, overlap=2), store.annotator("ann")
+    for _ in range(20):
+        store.step(round_id, ann, [label(store.step(round_id, ann, want=1)[1][0])])
+    first = item(99).model_copy(update={"priority": 1.0})
+    Store(store.url).open_round("r", [*ITEMS, first], overlap=2)  # another process
+    assert [view.task for view in store.step(round_id, ann, want=1)[1]] == [first.task]
 
 
 def start_and_join(threads: list[threading.Thread]) -> None:
