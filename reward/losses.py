@@ -27,7 +27,7 @@ def preference_logprobs(difference: Tensor, thresholds: Tensor) -> Tensor:
 
     This is the adjacent-categories model of Agresti (1992, "Analysis of ordinal paired comparison data",
     Applied Statistics 41, equation 3) with symmetric thresholds. It contains the simpler models: with only
-    y = -1 and 1 it is Bradley-Terry, P = sigmoid(d); with a tie added it is Davidson (1970, equation 2.4).
+    y = -1 and 1 it is Bradley-Terry, P = sigmoid(d); with a tie added it is Davidson (1970).
 
     Shapes: difference (B,), thresholds (4,) with -inf for a strength that never occurs; returns (B, 7).
     """

@@ -119,7 +119,7 @@ def ipo(x: Judged, *, beta: float) -> Loss:
 
 
 def ties(x: Judged, *, beta: float, tie: float) -> Loss:
-    """Negative log-likelihood of the verdicts, ties among them: Davidson 1970, equation 2.4, over rewards.
+    """Negative log-likelihood of the verdicts, ties among them: Davidson 1970, over rewards.
 
     P(first), P(tie), P(second) are proportional to exp(d / 2), tie, exp(-d / 2) with d the difference of
     beta * log-ratios: Chen et al. 2024 (arXiv 2409.17431), DPO-D. Of two equals a share tie / (2 + tie) tie.
