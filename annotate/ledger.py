@@ -134,5 +134,25 @@ def verdicts(current: Table, answers: dict[int, dict[str, Any]]) -> Verdicts:
     found.append(tuple(np.array(more, dtype=np.int64).reshape(-1, 3).T))  # type: ignore[arg-type]
     label, names, value = (np.concatenate(column) for column in zip(*found, strict=True))
     units, unit = np.unique(names, return_inverse=True)
-    cells = np.bincount(unit * POINTS + value + POINTS // 2, minlength=len(units) * POINTS)
-    return Verdicts(label, unit, value, units // 64, cells.reshape(-1, POINTS))
+    return Verdicts(label, unit, value, units // 64, _counted(unit, value))
+
+
+def attributes(current: Table, answers: dict[int, dict[str, Any]]) -> dict[str, Counts]:
+    """Name -> [tasks, 7] of what current labels say of it, on the scale of `Verdicts`; skips say nothing."""
+    found: dict[str, list[tuple[int, int]]] = {}
+    for row in current[np.isin(current["id"], list(answers))] if answers else ():
+        answer = answers[int(row["id"])]
+        grades = answer.get("rating") is not None
+        if grades or row["preference"] != NOTHING:
+            for name, value in answer.get("attributes", {}).items():
+                found.setdefault(name, []).append((int(row["task"]), value - GRADE_MIDDLE * grades))
+    each = {name: np.array(said).T for name, said in found.items()}
+    return {
+        name: _counted(np.unique(task, return_inverse=True)[1], value) for name, (task, value) in each.items()
+    }
+
+
+def _counted(unit: NDArray[np.int64], value: NDArray[np.int64]) -> Counts:
+    """[units, 7]: how often each of -3..3 was said of each unit."""
+    units = int(unit.max(initial=-1)) + 1
+    return np.bincount(unit * POINTS + value + POINTS // 2, minlength=units * POINTS).reshape(-1, POINTS)

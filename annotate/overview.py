@@ -10,7 +10,7 @@ from sqlalchemy import func, select
 from statsmodels.stats.proportion import proportion_confint
 
 from annotate.agreement import agreement_of, alpha_of
-from annotate.ledger import NOTHING, Ledger, Said, Table, Verdicts, verdicts
+from annotate.ledger import NOTHING, Ledger, Said, Table, Verdicts, attributes, verdicts
 from annotate.schema import Annotator, Judgement, Round, Slot
 from annotate.statistics import Estimate, proportion
 
@@ -108,6 +108,8 @@ class Overview:
     alpha: Estimate | None
     ties: Estimate | None
     first_shown: Estimate | None
+    attributes: dict[str, tuple[Estimate | None, Estimate | None]]
+    """Agreement (where two replies are compared) and alpha."""
     people: list[Person]
     flags: dict[str, int]
     reasons: list[Reason]
@@ -140,6 +142,7 @@ def overview(ledger: Ledger) -> Overview:
     compared = not any("rating" in answer for answer in said.answers.values())
     decided, wins = _first_shown(current, found)
     clusters = found.task[found.unit]
+    each = attributes(current, said.answers).items()
     return Overview(
         name=name,
         at=now,
@@ -154,6 +157,7 @@ def overview(ledger: Ledger) -> Overview:
         alpha=alpha_of(found.counts),
         ties=_estimate(found.value == 0, clusters) if compared else None,
         first_shown=_estimate(wins, current["task"][decided]) if compared else None,
+        attributes={n: (agreement_of(c) if compared else None, alpha_of(c)) for n, c in each},
         people=_people(said, current, found, names, compared),
         flags=dict(flags.most_common()),
         reasons=reasons,

@@ -183,19 +183,26 @@ class Fact:
     note: str
 
 
-def facts(it: Overview) -> list[Fact]:
+def agreement(raw: Estimate | None, alpha: Estimate | None, of: str = "") -> list[Fact]:
     found = []
-    if it.agreement:
-        note = f"of {it.agreement.n:,} pairs of labels on one task {interval(it.agreement)}"
-        found.append(Fact("Agreement", percent(it.agreement.value), note))
-    if it.alpha:
-        note = f"agreement beyond chance; 1 is perfect {interval(it.alpha, '{:.2f}'.format)}"
-        found.append(Fact("Krippendorff's alpha", f"{it.alpha.value:.2f}", note))
+    if raw:
+        note = f"of {raw.n:,} pairs of labels on one task {interval(raw)}"
+        found.append(Fact(f"Agreement{of}", percent(raw.value), note))
+    if alpha:
+        note = f"agreement beyond chance; 1 is perfect {interval(alpha, '{:.2f}'.format)}"
+        found.append(Fact(f"Krippendorff's alpha{of}", f"{alpha.value:.2f}", note))
+    return found
+
+
+def facts(it: Overview) -> list[Fact]:
+    found = agreement(it.agreement, it.alpha)
     if it.ties:
         found.append(Fact("Ties", percent(it.ties.value), f"of {it.ties.n:,} verdicts {interval(it.ties)}"))
     if it.first_shown:
         note = f"of decided verdicts; 50% is no lean {interval(it.first_shown)}"
         found.append(Fact("For the reply shown first", percent(it.first_shown.value), note))
+    for name, (raw, alpha) in it.attributes.items():
+        found += agreement(raw, alpha, f", {name}")
     return found
 
 

@@ -233,6 +233,40 @@ def test_other_forms_have_agreement_and_words(store: Store, kind: str) -> None:
     assert all("flagged harmful: " in each.more[0] for each in card.opinions)
 
 
+@pytest.mark.parametrize("kind", ["pairwise", "rating"])
+def test_agreement_on_each_attribute(store: Store, kind: Any) -> None:
+    from annotate.researcher import facts
+
+    form = Form(kind=kind, attributes={"helpful": "Which?", "honest": "Which?"})
+    replies = ["one", "two"] if kind == "pairwise" else ["one"]
+    items = [item(n).model_copy(update={"completions": [f"{r} {n}" for r in replies]}) for n in range(3)]
+    round_id = store.open_round("r", items, overlap=2)
+    sha, said = store.form(form), {"ann": [(1, 3), (2, 2), (3, 1)], "bob": [(1, 1), (3, 2), (1, 3)]}
+
+    def of(who: str) -> Callable[[Shown], dict[str, Any]]:
+        def label(shown: Shown) -> dict[str, Any]:
+            values = dict(zip(form.attributes, said[who][number(shown)], strict=True))
+            if kind == "rating":
+                return {"preference": None, "form": sha, "answers": Answers(rating=3, attributes=values)}
+            shown_so = {name: canonical(shown, value - 2) or 0 for name, value in values.items()}
+            return {"preference": 0, "form": sha, "answers": Answers(attributes=shown_so)}
+
+        return label
+
+    for who in said:
+        judge(store, round_id, who, time.time() - 60, of(who), 3)
+    found = overview(Ledger(store, round_id))
+    each = {"helpful": [[1, 1], [2, 3], [3, 1]], "honest": [[3, 1], [2, 2], [1, 3]]}
+    shift = 4 if kind == "rating" else 2
+    for name, values in each.items():
+        ratings = [[value - shift for value in task] for task in values]
+        raw = None if kind == "rating" else raw_agreement(ratings)
+        assert found.attributes[name] == (raw, krippendorff_alpha(ratings))
+    titles = [fact.title for fact in facts(found)]
+    assert "Krippendorff's alpha, honest" in titles
+    assert ("Agreement, honest" in titles) == (kind == "pairwise")
+
+
 def test_answers_in_words() -> None:
     assert in_words(Form(), 3, Answers()) == "A is much better"
     assert in_words(Form(), -1, Answers()) == "B is slightly better"
