@@ -109,7 +109,7 @@ def repeated(store: Store, round_id: int) -> list[Repeated]:
         part = extras.parts(x, round_id).get("repeat")
     if part is None:
         return []
-    before = {(label.annotator, label.task): label for label in store.labels(round_id)}
+    before = {(label.annotator, label.task): label for label in store.labels(round_id, part)}
     found = [
         Repeated(again.annotator, again.task, before[again.annotator, again.task], again)
         for again in store.labels(part)

@@ -131,15 +131,18 @@ HISTORY = (
     .order_by(_first.id.desc())
     .limit(_n)
 )
-_highest = (
-    select(Judgement.slot_id, func.max(Judgement.rev).label("rev")).group_by(Judgement.slot_id).subquery()
-)
+_later, _part_task = aliased(Judgement), aliased(Task)
 LABELS = (
     select(Task.key, Annotator.name, Judgement.preference, Judgement.answers, View.display_order)
-    .join(_highest, and_(_highest.c.slot_id == Judgement.slot_id, _highest.c.rev == Judgement.rev))
     .join(View, and_(View.slot_id == Judgement.slot_id, View.lease == Judgement.lease))
     .join(Slot, Slot.id == Judgement.slot_id)
     .join(Task, Task.id == Slot.task_id)
     .join(Annotator, Annotator.id == Judgement.annotator_id)
-    .where(Slot.round_id == _round)
+    .where(Slot.round_id == _round, Judgement.rev.is_not(None))
+    .where(
+        ~select(_later.id).where(_later.slot_id == Judgement.slot_id, _later.rev > Judgement.rev).exists(),
+    )
+)
+LABELS_OF_PART = LABELS.where(
+    Task.key.in_(select(_part_task.key).where(_part_task.round_id == bindparam("part", type_=Integer)))
 )

@@ -209,12 +209,18 @@ class Store:
             asked, done = x.execute(query).one()
         return Progress(asked, done)
 
-    def labels(self, round_id: int) -> list[Current]:
-        """The labels that count, sorted by task and annotator; those on tasks no longer listed too."""
+    def labels(self, round_id: int, part: int | None = None) -> list[Current]:
+        """The labels that count, sorted by task and annotator; those on tasks no longer listed too.
+
+        `part`: a round whose tasks alone are looked at, such as the repeats.
+        """
+        query = sql.LABELS if part is None else sql.LABELS_OF_PART
         with self.connection() as x:
             found = [
                 Current(task, name, preference, Answers.model_validate(answers or {}), order)
-                for task, name, preference, answers, order in x.execute(sql.LABELS, {"round": round_id})
+                for task, name, preference, answers, order in x.execute(
+                    query, {"round": round_id, "part": part}
+                )
             ]
         return sorted(found, key=lambda label: (label.task, label.annotator))
 
