@@ -18,6 +18,7 @@ from annotate.rules import Check, Rules
 from stages import yamlfile
 from stages.config import Experiment, UserError, load
 from stages.errors import SettingsError
+from stages.plan import Plan
 from stages.run import Run, load_manifest, runs_root
 
 if TYPE_CHECKING:
@@ -108,11 +109,19 @@ def care_for(config_path: str | Path, overrides: Sequence[str], copy: Path | Non
 
 
 def _collecting(config_path: str | Path, overrides: Sequence[str]) -> tuple[Experiment, str, Any]:
-    """The experiment, the name of its first stage of kind collect, and that stage's settings."""
+    """The experiment, the name of its stage of kind collect, and that stage's settings.
+
+    Of several, as rounds that follow one another, the first that is not complete, and else the last.
+    """
     experiment = load(config_path, overrides)
-    stage = next((stage for stage, kind in experiment.kinds.items() if kind == "collect"), None)
-    if stage is None:
+    found = [stage for stage, kind in experiment.kinds.items() if kind == "collect"]
+    if not found:
         raise UserError(f"{config_path}: has no stage of kind collect, so there is nothing to label")
+    stage = found[-1]
+    if len(found) > 1:
+        plan = Plan(experiment)
+        states = {stage: plan.state(plan.node(stage, experiment.seed)) for stage in found}
+        stage = next((stage for stage in found if states[stage].status != "complete"), stage)
     return experiment, stage, experiment.stages[stage]
 
 

@@ -192,6 +192,32 @@ def test_a_better_answer_starts_from_the_one_chosen(work: Callable[..., Desk]) -
     assert desk.served.items[task].completions[found.of] == left
 
 
+def test_a_note_on_an_earlier_label_is_saved_with_that_label(work: Callable[..., Desk]) -> None:
+    desk = work({"attributes": {"honest": "Which is more honest?"}, "rationale": "optional"}, 2)
+    task = desk.task
+    desk.press("2")
+    desk.press("6")
+    before = label(desk, task)
+    desk.press("u")
+    desk.press("n")
+    assert "saves this with the label" in desk.page.inner_text(".more")
+    desk.page.fill("[name=rationale]", "thought of later")
+    desk.page.keyboard.press("Control+Enter")
+    desk.page.wait_for_selector(f'[data-state="task"]:not([data-task="{task}"])')
+    after = label(desk, task)
+    assert after.preference == before.preference and after.answers.attributes == before.answers.attributes
+    assert after.answers.rationale == "thought of later"
+    desk.press("s")  # of a skip nothing is said but why
+    desk.press("Enter")
+    desk.press("u")
+    desk.press("n")
+    desk.page.fill("[name=rationale]", "no more")
+    desk.page.keyboard.press("Control+Enter")
+    desk.page.wait_for_selector(".more", state="hidden")
+    assert desk.page.get_attribute(".stage", "data-state") == "past"
+    assert desk.faults == []
+
+
 def test_a_reason_that_is_asked_for_is_asked_for_once(work: Callable[..., Desk]) -> None:
     desk = work({"rationale": "required"}, 2)
     task = desk.task

@@ -124,6 +124,28 @@ def test_the_commands_pause_close_and_open_again(
     assert "not allowed with" in fails("annotate", config, "--pause", "--close", code=2)
 
 
+def test_of_several_rounds_the_first_that_is_not_complete_is_meant(
+    folder: Path, capsys: pytest.CaptureFixture[str], fails: Callable[..., str]
+) -> None:
+    from stages import cli
+
+    config, items = folder / "test.yaml", folder / "items.jsonl"
+    rounds = {
+        name: {"stage": "collect", "items": str(items), "annotators": "people"} for name in ("one", "two")
+    }
+    config.write_text(yaml.safe_dump({"name": "test", "stages": rounds}, sort_keys=False))
+    store = Store()
+    work(store, store.open_round("test/one/people-0", ITEMS[:30], salt="0"), "ann")
+    assert cli.main(["annotate", str(config), "--pause"]) == 0
+    assert "test/one/people-0: paused" in capsys.readouterr().out
+    assert cli.main(["run", str(config), "--only", "one"]) == 0
+    assert "no round test/two/people-0 yet" in fails("annotate", config, "--pause")
+    work(store, store.open_round("test/two/people-0", ITEMS[:30], salt="0"), "ann")
+    assert cli.main(["run", str(config), "--only", "two"]) == 0
+    assert cli.main(["annotate", str(config), "--close"]) == 0
+    assert "test/two/people-0: closed" in capsys.readouterr().out
+
+
 CHECK = json.loads(check(0).model_dump_json())
 
 
