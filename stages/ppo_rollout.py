@@ -116,14 +116,17 @@ class Actor:
         """Log-probabilities and values of every token: as sampled, where training would compute the same."""
         appends = self.args.score_slot == "post_eos"
         appended = [appends and len(s.tokens) < self.args.response_length for s in samples]
-        if appends or self._half():
+        if appends:
             pad = self.tokenizer.pad_token_id
             extended = zip(examples, appended, strict=True)
             examples = [Example(e.prompt, (e.completions[0] + [pad] * more,)) for e, more in extended]
+        apart = hasattr(self.policy, "value_model")
+        if self._half() or (appends and not apart):
             found = [row for (row,) in logprobs_and_values(self.policy, examples, self.args.temperature)]
-        elif hasattr(self.policy, "value_model"):
+        elif apart:
             of_states = [row for (row,) in values(chosen(self.policy.value_model, examples), examples)]
-            found = [(s.logprobs, v) for s, v in zip(samples, of_states, strict=True)]
+            each = zip(samples, appended, of_states, strict=True)
+            found = [(s.logprobs + [0.0] * more, v) for s, more, v in each]  # no policy loss reads the last
         else:
             found = [(s.logprobs, s.values) for s in samples]
         return [
