@@ -98,7 +98,7 @@ class Reference:
     ) -> tuple[list[list[float]], list[Tensor | None]]:
         logps: list[list[float]] = [[] for _ in examples]
         states: list[Tensor | None] = [None] * len(examples)
-        self.policy.eval()
+        chosen(self.policy, examples).eval()
         for group in micro_batches(examples, token_budget(self.policy)):
             batch = batch_of(self.policy, [examples[i] for i in group])
             if not self.checked:
