@@ -89,7 +89,15 @@ def add_researcher(app: FastAPI, store: Store, round_id: int, title: str) -> Non
         found = recent.overview()
         columns = [c for c in COLUMNS if any(c.text(getattr(p, c.key)) for p in found.people)]
         now = quality.state(store, round_id)
-        return page(request, "round.html", it=found, columns=columns, facts=facts(found), state=now)
+        return page(
+            request,
+            "round.html",
+            it=found,
+            columns=columns,
+            facts=facts(found),
+            attributes=attributes(found),
+            state=now,
+        )
 
     @app.post("/round/state")
     def change(state: str = Form("")) -> Response:
@@ -183,27 +191,30 @@ class Fact:
     note: str
 
 
-def agreement(raw: Estimate | None, alpha: Estimate | None, of: str = "") -> list[Fact]:
-    found = []
-    if raw:
-        note = f"of {raw.n:,} pairs of labels on one task {interval(raw)}"
-        found.append(Fact(f"Agreement{of}", percent(raw.value), note))
-    if alpha:
-        note = f"agreement beyond chance; 1 is perfect {interval(alpha, '{:.2f}'.format)}"
-        found.append(Fact(f"Krippendorff's alpha{of}", f"{alpha.value:.2f}", note))
-    return found
-
-
 def facts(it: Overview) -> list[Fact]:
-    found = agreement(it.agreement, it.alpha)
+    found = []
+    if it.agreement:
+        note = f"of {it.agreement.n:,} pairs of labels on one task {interval(it.agreement)}"
+        found.append(Fact("Agreement", percent(it.agreement.value), note))
+    if it.alpha:
+        note = f"agreement beyond chance; 1 is perfect {interval(it.alpha, '{:.2f}'.format)}"
+        found.append(Fact("Krippendorff's alpha", f"{it.alpha.value:.2f}", note))
     if it.ties:
         found.append(Fact("Ties", percent(it.ties.value), f"of {it.ties.n:,} verdicts {interval(it.ties)}"))
     if it.first_shown:
         note = f"of decided verdicts; 50% is no lean {interval(it.first_shown)}"
         found.append(Fact("For the reply shown first", percent(it.first_shown.value), note))
-    for name, (raw, alpha) in it.attributes.items():
-        found += agreement(raw, alpha, f", {name}")
     return found
+
+
+def measured(found: Estimate | None, text: Callable[[float], str]) -> str:
+    return f"{text(found.value)} {interval(found, text)}" if found else ""
+
+
+def attributes(it: Overview) -> list[tuple[str, str, str]]:
+    """Name, agreement and alpha of each."""
+    alpha = "{:.2f}".format
+    return [(name, measured(raw, percent), measured(a, alpha)) for name, (raw, a) in it.attributes.items()]
 
 
 def interval(found: Estimate, text: Callable[[float], str] = percent) -> str:
