@@ -54,13 +54,15 @@ MINE = (
     .order_by(Slot.priority.desc(), Slot.id)
     .limit(_n)
 )
+# Not NOT EXISTS: PostgreSQL would join all free slots with all of `me`, and sort, to find the first of them.
+_held = select(func.count(_other.id)).where(_other.annotator_id == _me, _other.task_id == Slot.task_id)
 AVAILABLE = (
     select(Slot.id, Slot.task_id, Slot.lease, Slot.priority, Slot.state, Task.key, Task.response_ids)
     .join(Task, Task.id == Slot.task_id)
     .where(
         Slot.round_id == _round,
         or_(Slot.reserved_id.is_(None), Slot.reserved_id == _me),
-        ~select(_other.id).where(_other.annotator_id == _me, _other.task_id == Slot.task_id).exists(),
+        _held.correlate(Slot).scalar_subquery() == 0,
         Slot.task_id.not_in(bindparam("but", expanding=True)),
     )
     .limit(_n)

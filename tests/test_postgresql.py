@@ -26,6 +26,7 @@ from annotate.ledger import Ledger
 from annotate.recording import Label
 from annotate.records import DataError, Item
 from annotate.researcher import Recent
+from annotate.statements import FREE
 from annotate.store import Store, Who
 from stages import cli
 from tests.test_app import Browser, Server, item, kill_under_load
@@ -85,6 +86,39 @@ def test_a_slot_that_another_held_for_a_moment_is_found_again_from_the_head(post
         tasks.append(second.task)
     assert len(set(tasks)) == len(tasks) == 3 and store.progress(round_id).done == 3
     store.close()
+
+
+def test_the_next_slot_is_found_in_order_whatever_statistics_there_are(postgres: "Postgres") -> None:
+    """With those of a round half done it would rather join all free slots with one's own, and sort."""
+    store = Store(postgres.database())
+    store.open_round("r", [], overlap=20)
+    with store.transaction() as x:
+        for fill in FILL:
+            x.execute(text(fill))
+    with store._engine.connect().execution_options(isolation_level="AUTOCOMMIT") as x:
+        x.execute(text("vacuum analyze"))
+    asked = {"round": 1, "now": 0.0, "but": []}
+    for me in (1, 10, 20):
+        for n, priority in ((1, 2.0), (1, 0.04), (4, 0.01)):
+            query = FREE.params(asked | {"me": me, "n": n, "priority": priority, "slot": 1})
+            with store.connection() as x:
+                compiled = query.compile(x, compile_kwargs={"literal_binds": True})
+                plan = "\n".join(x.exec_driver_sql(f"explain {compiled}").scalars())
+            assert "Index Scan using slots_free" in plan and "Sort" not in plan, plan
+            assert "Anti Join" not in plan, plan  # whose size it may take for nothing, and then sort it
+    store.close()
+
+
+FILL = (
+    "insert into prompts select 'p' || v, '[]' from generate_series(1, 4000) v",
+    "insert into tasks (id, round_id, key, prompt_id, response_ids, policies) "
+    "select v, 1, 'k' || v, 'p' || v, '[]', '[]' from generate_series(1, 4000) v",
+    "insert into annotators (name, kind, role) select v, 'person', 'annotator' from generate_series(1, 20) v",
+    "insert into slots (task_id, round_id, number, priority, active, state, lease, annotator_id) "
+    "select t, 1, n, 1 - t / 4001.0, true, case when done then 'done' else 'free' end, 0, "
+    "case when done then n + 1 end from (select t, n, t < 3800 + 9 * n as done "
+    "from generate_series(1, 4000) t, generate_series(0, 19) n) as each",
+)
 
 
 def test_batches_that_name_one_anothers_slots_wait_in_no_circle(postgres: "Postgres") -> None:
