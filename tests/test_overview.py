@@ -297,7 +297,7 @@ def test_all_that_was_answered_is_told(store: Store) -> None:
 
 
 def test_a_hundred_thousand_labels_of_fifty_people_are_looked_at_in_a_second(store: Store) -> None:
-    from annotate.researcher import COLUMNS, TEMPLATES, facts
+    from annotate.researcher import COLUMNS, TEMPLATES, attributes, facts
 
     round_id = fill(store, item(0), [f"person {n}" for n in range(50)], 2000)
     ledger = Ledger(store, round_id)
@@ -306,8 +306,8 @@ def test_a_hundred_thousand_labels_of_fifty_people_are_looked_at_in_a_second(sto
         start = time.perf_counter()
         found = overview(ledger)
         template = TEMPLATES.get_template("round.html")
-        values = {"it": found, "columns": COLUMNS, "facts": facts(found), "state": "open"}
-        template.render(title="t", who=None, now=0, **values)
+        shown = {"facts": facts(found), "attributes": attributes(found)}
+        template.render(title="t", who=None, now=0, it=found, columns=COLUMNS, state="open", **shown)
         took.append(time.perf_counter() - start)
     assert found.labels == 100_000 and len(found.people) == 50
     assert {person.labels for person in found.people} == {2000}
