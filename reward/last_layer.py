@@ -18,7 +18,8 @@ WORTH = 0.8
 
 def layers_of(trunk: nn.Module) -> tuple[str, nn.ModuleList] | None:
     """Name and list of the trunk's layers; outer lists come first, so no list of experts is taken for it."""
-    count = trunk.config.get_text_config().num_hidden_layers  # type: ignore[union-attr, operator]
+    config: Any = trunk.config
+    count = getattr(config.get_text_config(), "num_hidden_layers", None)
     for name, module in trunk.named_modules():
         if isinstance(module, nn.ModuleList) and len(module) == count:
             return name, module

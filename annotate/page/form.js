@@ -182,7 +182,7 @@ function openMore(verdictGiven = null) {
   fields.of.replaceChildren(...options.map(([value, text]) => new Option(text, value)));
   fields.of.value = draft.edit ? draft.edit.of : '';
   fields.edit.value = draft.edit ? draft.edit.text : '';
-  const saves = at === null ? '' : 'Done saves this with the label you gave.';
+  const saves = verdictBefore() ? 'Done saves this with the label you gave.' : '';
   more.querySelector('.hint').textContent = waiting ? 'This form asks for a reason.' : saves;
   more.returnValue = '';
   more.showModal();
@@ -213,19 +213,19 @@ function readMore() {
   draft.rationale = fields.rationale.value;
   draft.edit = fields.of.value !== '' && fields.edit.value.trim() ? { of: Number(fields.of.value), text: fields.edit.value } : null;
   answered();
-  const given = more.returnValue === 'done' ? waiting || unchanged() : null;
+  const before = waiting ? null : verdictBefore();
+  const given = more.returnValue === 'done' ? waiting || before : null;
+  if (given && before) draft.attributes = { ...(past[at].answers || {}).attributes };
   waiting = null;
   if (given) conclude(given);
 }
 
-// Of an earlier label that was not answered anew: its verdict, which a changed note is saved with. A skip has none.
-function unchanged() {
+// Of an earlier label that is not being answered anew: its verdict, which its note is saved with. A skip has none.
+function verdictBefore() {
   if (at === null || draft.places.length || Object.keys(draft.attributes).length) return null;
   const { preference, both_bad: bad, answers = {} } = past[at];
   const { rating = null, ranking = null } = answers;
-  if (preference === null && rating === null && ranking === null) return null;
-  draft.attributes = { ...answers.attributes };
-  return { preference, bad, rating, ranking };
+  return preference === null && rating === null && ranking === null ? null : { preference, bad, rating, ranking };
 }
 
 // Choosing a reply brings its text, unless something of one's own stands there.
