@@ -1,4 +1,4 @@
-"""Log-probabilities from the states below a language model's head, without keeping a row of logits."""
+"""Log-probabilities from the states below a language model's head, with one tensor of its logits or none."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 LARGE = 2**22
-"""Logits of one forward pass above which they are made in chunks: below, a second product costs more."""
+"""Numbers of a forward pass up to which they are kept for backward: above, making them again is cheaper."""
 
 CHUNK = 2**20
 """Logits made at a time: 4 MB in fp32, which stays in a core's cache while it is worked on."""
@@ -18,43 +18,51 @@ def head_logprobs(
 ) -> Tensor:
     """log softmax((states @ weight.T + bias) / temperature)[target]: (N,) fp32 of (N, d), (V, d), (N,), (V,).
 
-    Forward keeps the normalisers alone; backward makes the logits again, chunk by chunk. With g the gradient
-    of a log-probability and p the softmax, the gradient of its logits is g (1[target] - p). The peak is one
-    chunk where autograd would keep three (N, V) tensors, for one more product with the head in backward.
+    Works in chunks of rows. With g the gradient of a log-probability and p the softmax, the gradient of its
+    logits is g (1[target] - p): log p is all that backward needs, and it writes the gradient in its place.
+    Autograd would hold three (N, V) tensors; here it is one, or where that were large, one chunk, for one
+    more product with the head.
     """
     device = states.device.type
     if torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
         states, weight = states.to(dtype), weight.to(dtype)
         bias = None if bias is None else bias.to(dtype)
+    keep = torch.is_grad_enabled() and targets.numel() * weight.shape[0] <= LARGE
     with torch.autocast(device, enabled=False):
-        return _HeadLogprobs.apply(states, weight, bias, targets, temperature)  # type: ignore[no-any-return, no-untyped-call]
+        return _HeadLogprobs.apply(states, weight, bias, targets, temperature, keep)  # type: ignore[no-any-return, no-untyped-call]
 
 
 class _HeadLogprobs(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, states: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, temperature: float
+        ctx: Any,
+        states: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        temperature: float,
+        keep: bool,
     ) -> Tensor:
-        normaliser = torch.empty(targets.shape, device=states.device)
-        logps = torch.empty_like(normaliser)
-        for rows, logits in _chunks(states, weight, bias, temperature):
-            normaliser[rows] = logits.logsumexp(1)
-            logps[rows] = logits.gather(1, targets[rows, None]).squeeze(1) - normaliser[rows]
-        ctx.save_for_backward(states, weight, bias, targets, normaliser)
+        kept = torch.empty(len(targets), weight.shape[0], device=states.device) if keep else None
+        found = torch.empty(targets.shape, device=states.device)
+        for rows, logps in _chunks(states, weight, bias, temperature, kept):
+            found[rows] = logps.gather(1, targets[rows, None]).squeeze(1)
+        ctx.save_for_backward(states, weight, bias, targets, kept)
         ctx.temperature = temperature
-        return logps
+        return found
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (grad,) = grads
-        states, weight, bias, targets, normaliser = ctx.saved_tensors
+        states, weight, bias, targets, kept = ctx.saved_tensors
         of_states = torch.empty_like(states) if ctx.needs_input_grad[0] else None
         of_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
         of_bias = torch.zeros_like(bias) if ctx.needs_input_grad[2] else None
         scale = grad.float() / ctx.temperature
-        for rows, logits in _chunks(states, weight, bias, ctx.temperature):
-            of_logits = logits.sub_(normaliser[rows, None]).exp_().mul_(-scale[rows, None])
+        again = _chunks(states, weight, bias, ctx.temperature)
+        for rows, logps in again if kept is None else [(slice(0, len(kept)), kept)]:
+            of_logits = logps.exp_().mul_(-scale[rows, None])
             of_logits.scatter_add_(1, targets[rows, None], scale[rows, None])
             of_logits = of_logits.to(states.dtype)
             if of_states is not None:
@@ -63,17 +71,23 @@ class _HeadLogprobs(torch.autograd.Function):
                 of_weight.addmm_(of_logits.T, states[rows])
             if of_bias is not None:
                 of_bias += of_logits.sum(0)
-        return of_states, of_weight, of_bias, None, None
+        return of_states, of_weight, of_bias, None, None, None
 
 
 def _chunks(
-    states: Tensor, weight: Tensor, bias: Tensor | None, temperature: float
+    states: Tensor, weight: Tensor, bias: Tensor | None, temperature: float, kept: Tensor | None = None
 ) -> Iterator[tuple[slice, Tensor]]:
-    """Rows and their fp32 logits, in a buffer that the next chunk writes over."""
-    size = max(1, CHUNK // weight.shape[0])
-    buffer = torch.empty(min(size, len(states)), weight.shape[0], dtype=states.dtype, device=states.device)
-    for start in range(0, len(states), size):
+    """Rows and their fp32 log-probabilities (n, V), in `kept` or a buffer that the next chunk writes over.
+
+    The temperature divides within the product, which spares a pass over its result.
+    """
+    size = min(max(1, CHUNK // weight.shape[0]), len(states))
+    product = torch.empty(size, weight.shape[0], dtype=states.dtype, device=states.device)
+    buffer = torch.empty(product.shape, device=states.device) if kept is None else None
+    added, share = (product.new_zeros(1), 0.0) if bias is None else (bias, 1 / temperature)
+    for start in range(0, len(states), size or 1):
         rows = slice(start, min(start + size, len(states)))
-        logits = torch.mm(states[rows], weight.T, out=buffer[: rows.stop - start])
-        logits = (logits if bias is None else logits.add_(bias)).float()
-        yield rows, logits if temperature == 1.0 else logits.div_(temperature)
+        n = rows.stop - start
+        torch.addmm(added, states[rows], weight.T, beta=share, alpha=1 / temperature, out=product[:n])
+        of_rows = kept[rows] if buffer is None else buffer[:n]  # type: ignore[index]
+        yield rows, torch.log_softmax(product[:n], 1, dtype=torch.float32, out=of_rows)

@@ -1,6 +1,6 @@
 """Which shortcuts give a model's own numbers: found out by trying them, once, on rows of the training itself.
 
-Two completions of one prompt can share its row, logits can be made in chunks from the states below the head,
+Two completions of one prompt can share its row, log-probabilities can be made from the states below the head,
 and the last layer can work where it is read alone. All hold for most decoders and fail for some (a sliding
 window, ALiBi, a recurrent state, an encoder, a head that scales or caps its logits), in ways that a list of
 architectures would never keep up with.
@@ -32,11 +32,11 @@ def choose(model: Any, examples: Sequence[Example]) -> Path:
     shares, why = False, "one completion a prompt"
     if several:
         shares, why = attempt(lambda: _shared_error(model, tried))
-    chunks, why_not = attempt(lambda: _head_error(model, tried))
+    head, why_not = attempt(lambda: _head_error(model, tried))
     name, _ = layers_of(trunk(model)) or ("", None)
     alone, why_whole = attempt(lambda: _last_layer_error(model, tried, shares, name))
     model.train(training)
-    path = Path(shares, chunks, name if alone else "", (why, why_not, why_whole))
+    path = Path(shares, head, name if alone else "", (why, why_not, why_whole))
     model.path = path
     return path
 

@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 from annotate.records import Message
 from reward.batch import Batch, Example, micro_batches
-from reward.head import LARGE, head_logprobs
+from reward.head import head_logprobs
 from reward.last_layer import reading
 from reward.parallel import shared
 
@@ -29,12 +29,12 @@ class Path:
 
     shares: bool = False
     """The completions of one prompt share a row."""
-    chunks: bool = False
-    """Logits are the head's product with the trunk's states, so they can be made in chunks."""
+    head: bool = False
+    """Logits are the head's product with the trunk's states, so `reward.head` makes their log-softmax."""
     layers: str = ""
     """Name of the trunk's list of layers, whose last can work where it is read alone; empty if it cannot."""
     why: tuple[str, ...] = ()
-    """Of rows, chunks and layers, in this order."""
+    """Of rows, head and layers, in this order."""
 
 
 def prompt_ids(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> list[int]:
@@ -56,13 +56,12 @@ def forward(model: nn.Module, batch: Batch, temperature: float = 1.0) -> tuple[T
     Returns two (K, C) fp32 tensors, zero outside `batch.mask`; the second by the model's `value_head`, which
     reads the same states as its language-model head, or by a `value_model` of its own, and else None.
     Logits are made at the predicting positions only and divided by the temperature before the log-softmax,
-    as in the distribution that was sampled from. Where all of them together would be large, and the model's
-    head is known to be a plain product (`reward.paths`), they are made in chunks and never kept.
+    as in the distribution that was sampled from; by `reward.head` where the model's head is known to be a
+    plain product (`reward.paths`).
     """
     path: Path = getattr(model, "path", Path())
-    vocabulary = model.get_output_embeddings().weight.shape[0]  # type: ignore[operator]
     value_head = getattr(model, "value_head", None)
-    if path.chunks and batch.targets.numel() * vocabulary > LARGE:
+    if path.head:
         states = states_at(model, batch, batch.predicts)
         head: Any = model.get_output_embeddings()  # type: ignore[operator]
         logps = head_logprobs(states, head.weight, batch.targets, temperature, head.bias)
@@ -170,8 +169,14 @@ def rewards(model: nn.Module, examples: Sequence[Example]) -> list[list[float]]:
 
 
 def token_budget(model: nn.Module) -> int:
-    """Padded tokens of one forward pass. On a CPU what fits its caches is fastest; a GPU wants large ones."""
-    return 1024 if device_of(model).type == "cpu" else 16384
+    """Padded tokens of one forward pass. A GPU wants large ones.
+
+    On a CPU what fits its caches is fastest: half as many of a wide model are as fast, and take less memory.
+    """
+    if device_of(model).type != "cpu":
+        return 16384
+    wide = getattr(model.config.get_text_config(), "hidden_size", 0) > 256  # type: ignore[operator, union-attr]
+    return 512 if wide else 1024
 
 
 @torch.no_grad()

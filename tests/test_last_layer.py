@@ -142,8 +142,8 @@ def test_a_layer_that_runs_again_in_backward_works_everywhere():
     model.activation_checkpointing_enable()
     again, of_again, shape = passed(model)
     assert shape == (6, 34)
-    torch.testing.assert_close(again, whole)
-    torch.testing.assert_close(of_again, of_whole)
+    torch.testing.assert_close(again, whole, atol=1e-5, rtol=0)
+    assert (of_again - of_whole).norm() / of_whole.norm() < 1e-5
 
 
 def test_nothing_is_left_behind_by_a_pass_that_fails():

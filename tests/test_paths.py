@@ -1,11 +1,10 @@
-"""Shared rows and chunked logits: the numbers of plain rows, and used only where a model gives them."""
+"""Shared rows and the head apart: the numbers of plain rows, and used only where a model gives them."""
 
 import pytest
 import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, BloomConfig, Gemma2Config, GPT2LMHeadModel, MistralConfig
 
-import reward.tokens
 from reward.batch import Batch, Example, micro_batches
 from reward.head import head_logprobs
 from reward.model import load_policy, new_reward_model
@@ -25,6 +24,11 @@ SIZES = {
     "num_attention_heads": 2,
     "pad_token_id": 0,
 }
+
+
+@pytest.fixture(params=[0, 2**22], ids=["chunks made again", "kept"])
+def large(request, monkeypatch):
+    monkeypatch.setattr("reward.head.LARGE", request.param)
 
 
 def built(config):
@@ -53,7 +57,7 @@ def test_shared_rows_give_the_scores_of_plain_rows(folder):
     model, _ = new_reward_model(folder)
     plain = rewards(model, EXAMPLES)
     path = choose(model, EXAMPLES)
-    assert path.shares and not path.chunks
+    assert path.shares and not path.head
     assert rewards(model, EXAMPLES) == [pytest.approx(row, abs=1e-5) for row in plain]
 
 
@@ -64,20 +68,19 @@ def gradient_of(model, batch):
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
-def test_shared_rows_and_chunks_give_the_gradient_of_plain_rows(folder, attention, monkeypatch):
+def test_shared_rows_and_the_head_apart_give_the_gradient_of_plain_rows(folder, attention, large):
     model, _ = load_policy(folder)
     model.set_attn_implementation(attention)
     plain = gradient_of(model, batch_of(model, EXAMPLES))
     path = choose(model, EXAMPLES)
-    assert path.shares and path.chunks and bool(path.layers) != isinstance(model, GPT2LMHeadModel)
-    monkeypatch.setattr(reward.tokens, "LARGE", 0)
+    assert path.shares and path.head and bool(path.layers) != isinstance(model, GPT2LMHeadModel)
     fast = gradient_of(model, batch_of(model, EXAMPLES))
     assert (fast - plain).norm() / plain.norm() < 1e-5
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 @pytest.mark.parametrize("biased", [False, True])
-def test_chunked_head_is_log_softmax(monkeypatch, temperature, biased):
+def test_the_head_apart_is_log_softmax(monkeypatch, large, temperature, biased):
     monkeypatch.setattr("reward.head.CHUNK", 150)  # three rows at a time
     torch.manual_seed(0)
     states, weight, bias = (torch.randn(*shape, requires_grad=True) for shape in ((11, 8), (50, 8), (50,)))
@@ -97,7 +100,7 @@ def test_no_gradient_is_made_for_a_frozen_head():
     assert states.grad is not None and weight.grad is None
 
 
-def test_chunks_work_in_half_precision():
+def test_the_head_apart_works_in_half_precision(large):
     states, weight = torch.randn(4, 8, requires_grad=True), torch.randn(50, 8, requires_grad=True)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         logps = head_logprobs(states, weight, torch.tensor([1, 2, 3, 4]))
@@ -128,7 +131,7 @@ def test_a_head_that_caps_its_logits_is_noticed():
     config.final_logit_softcapping = 0.05
     model = built(config)
     plain = flat(logprobs(model, EXAMPLES))
-    assert not choose(model, EXAMPLES).chunks
+    assert not choose(model, EXAMPLES).head
     torch.testing.assert_close(flat(logprobs(model, EXAMPLES)), plain, atol=1e-5, rtol=0)
 
 
@@ -146,7 +149,7 @@ def test_a_model_that_refuses_such_masks_keeps_plain_rows():
 def test_one_completion_a_prompt_has_nothing_to_share(folder):
     model, _ = load_policy(folder)
     path = choose(model, EXAMPLES[2:])
-    assert not path.shares and path.chunks and "one completion a prompt" in describe(path)
+    assert not path.shares and path.head and "one completion a prompt" in describe(path)
 
 
 def test_a_shared_row_holds_the_prompt_once():
@@ -168,11 +171,10 @@ def test_micro_batches_hold_every_example_once_within_the_budget(shared):
         assert rows.numel() <= 60 or len(group) == 1
 
 
-def test_the_value_head_reads_the_same_states_in_chunks(folder, monkeypatch):
+def test_the_value_head_reads_the_same_states_with_the_head_apart(folder):
     model, _ = load_policy(folder)
     model.value_head = nn.Linear(model.config.hidden_size, 1)
     plain = forward(model, batch_of(model, EXAMPLES))
     choose(model, EXAMPLES)
-    monkeypatch.setattr(reward.tokens, "LARGE", 0)
     for ours, theirs in zip(forward(model, batch_of(model, EXAMPLES)), plain, strict=True):
         torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=0)
