@@ -7,10 +7,10 @@ of it open to whoever may see the page. This gate stands before it and lets thro
 import json
 import re
 import time
-from http.cookies import CookieError, SimpleCookie
 from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers, MutableHeaders
+from starlette.requests import cookie_parser
 from starlette.responses import PlainTextResponse, RedirectResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -94,20 +94,17 @@ class Gate:
         await answer(scope, receive, _sealed(send, HEADERS | (STRICT if research else {})))
 
     def _who(self, headers: Headers) -> Who | None:
-        try:
-            morsel = SimpleCookie(headers.get("cookie", "")).get(cookie_name(self.store))
-        except CookieError:
+        secret = cookie_parser(headers.get("cookie", "")).get(cookie_name(self.store))
+        if secret is None:
             return None
-        if morsel is None:
-            return None
-        found, until = self._known.get(morsel.value, (None, 0.0))
+        found, until = self._known.get(secret, (None, 0.0))
         if time.monotonic() >= until:
-            found = self.store.session(morsel.value)
-            self._known.pop(morsel.value, None)
+            found = self.store.session(secret)
+            self._known.pop(secret, None)
             if found and self.url is None:  # whoever is at this machine
                 found = found._replace(role="researcher")
             if found:
-                self._known[morsel.value] = found, time.monotonic() + REMEMBERED
+                self._known[secret] = found, time.monotonic() + REMEMBERED
         return found
 
     def _origin(self, host: str) -> str | None:

@@ -6,6 +6,7 @@ from sqlalchemy import (
     Integer,
     and_,
     bindparam,
+    false,
     func,
     insert,
     literal_column,
@@ -48,9 +49,12 @@ LOCK = (
     .order_by(Slot.id)
     .with_for_update(key_share=True)
 )
+# A literal here too: with a parameter SQLite plans anew each time, as its value may make a partial index fit.
+# And IS NOT, which no index has: it is those of `me` that are few, not the active ones or the open ones.
 MINE = (
     select(Slot.id, Slot.lease_until)
-    .where(Slot.annotator_id == _me, Slot.round_id.in_(_rounds), Slot.state == "open", Slot.active)
+    .where(Slot.annotator_id == _me, Slot.round_id.in_(_rounds), Slot.state == literal_column("'open'"))
+    .where(Slot.active.is_not(false()))
     .order_by(Slot.priority.desc(), Slot.id)
     .limit(_n)
 )

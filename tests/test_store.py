@@ -341,6 +341,19 @@ def test_claims_use_the_partial_indexes(store: Store) -> None:
             assert "priority<" in plan  # it starts at a place, and does not walk there
 
 
+def test_what_someone_holds_is_found_among_their_own(tmp_path: Path) -> None:
+    from annotate.statements import MINE
+
+    store = Store(f"sqlite:///{tmp_path}/labels.db")
+    values = {"rounds": [1], "me": 1, "n": 3}
+    with store.connection() as x:
+        query = MINE.params(values).compile(x, compile_kwargs={"literal_binds": True})
+        plan = " ".join(str(row) for row in x.exec_driver_sql(f"explain query plan {query}"))
+        prepared = str(MINE.compile(x))
+    assert "slots_mine (annotator_id=? AND round_id=? AND state=?)" in plan
+    assert "state = 'open'" in prepared  # a parameter would have the statement planned anew at each step
+
+
 def test_a_list_made_anew_is_served_from_its_head(store: Store) -> None:
     round_id, ann = store.open_round("r", ITEMS, overlap=2), store.annotator("ann")
     for _ in range(20):
