@@ -146,7 +146,7 @@ def _answer_calls(app: FastAPI, calls: Calls) -> None:
     """
 
     async def answer(request: Request) -> Response:
-        call = await request.json()
+        call = request.scope["call"]
         method = getattr(calls, call["fn_name"])
         found = await run_in_threadpool(method, call["data"], request.scope["annotator"])
         return Response(json.dumps(found), media_type="application/json")

@@ -7,6 +7,7 @@ of it open to whoever may see the page. This gate stands before it and lets thro
 import json
 import re
 import time
+from typing import Any
 from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers, MutableHeaders
@@ -55,7 +56,7 @@ STRICT = {
 
 
 class Gate:
-    """ASGI middleware; what it lets through finds the annotator in its scope under "annotator"."""
+    """ASGI middleware; what it lets through finds in its scope who asks, "annotator", and what, "call"."""
 
     def __init__(
         self, app: ASGIApp, store: Store, component: int, functions: set[str], url: str | None = None
@@ -86,9 +87,8 @@ class Gate:
         scope["scheme"] = (origin or "http").partition(":")[0]
         answer: ASGIApp = _foreign(headers, origin) or _refusal(scope, headers, self.url is None) or self.app
         if answer is self.app and scope["path"] in (CALL, CALL + "/"):
-            body = await _read(receive)
-            receive = _replay(body)
-            if not self._is_call(body):
+            scope["call"] = self._call(await _read(receive))
+            if scope["call"] is None:
                 answer = PlainTextResponse("not a call of this page", 400)
         research = RESEARCH.fullmatch(scope["path"]) is not None
         await answer(scope, receive, _sealed(send, HEADERS | (STRICT if research else {})))
@@ -113,12 +113,12 @@ class Gate:
             return f"http://{host}"
         return self.url if self.url and host == urlsplit(self.url).netloc else None
 
-    def _is_call(self, body: bytes) -> bool:
+    def _call(self, body: bytes) -> dict[str, Any] | None:
         try:
             call = json.loads(body)
         except (ValueError, RecursionError):
-            return False
-        return (
+            return None
+        fits = (
             isinstance(call, dict)
             and call.keys() == {"data", "component_id", "fn_name", "session_hash"}
             and call["component_id"] == self.component
@@ -127,6 +127,7 @@ class Gate:
             and isinstance(call["session_hash"], str)
             and len(call["session_hash"]) <= LONGEST_HASH
         )
+        return call if fits else None
 
 
 def cookie_name(store: Store) -> str:
@@ -188,13 +189,6 @@ async def _read(receive: Receive) -> bytes:
         body += message.get("body", b"")
         more = message.get("more_body", False)
     return body
-
-
-def _replay(body: bytes) -> Receive:
-    async def receive() -> Message:
-        return {"type": "http.request", "body": body, "more_body": False}
-
-    return receive
 
 
 def _sealed(send: Send, sealing: dict[str, str]) -> Send:

@@ -200,6 +200,14 @@ def test_gradio_keeps_no_history_sends_no_analytics_and_has_no_api(ann: Browser)
     assert [c["type"] for c in config["components"]] == ["html"]
 
 
+def test_a_call_as_deep_as_it_can_be_read_is_answered(ann: Browser) -> None:
+    config = json.loads(ann.request("GET", "/label/config")[2])
+    call = {"component_id": config["components"][0]["id"], "fn_name": "step", "session_hash": "x", "data": 0}
+    for depth in range(800, 1000, 4):
+        body = json.dumps(call).replace('"data": 0', '"data": ' + "[" * depth + "]" * depth)
+        assert ann.request("POST", CALL, body.encode())[0] in (200, 400), depth
+
+
 def test_a_body_that_lies_about_its_length_is_cut(ann: Browser) -> None:
     assert ann.request("POST", CALL, b"x" * (LARGEST + 1))[0] == 413
     assert ann.request("POST", "/enter", b"x", FORM, content_length="\xb2")[0] in (400, 411)
