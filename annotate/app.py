@@ -142,7 +142,7 @@ def _named(name: str) -> Callable[[], None]:
 def _answer_calls(app: FastAPI, calls: Calls) -> None:
     """Answer the page's server functions here, before Gradio sees the call, which the gate has looked at.
 
-    Gradio would go by way of two more threads, its sessions and a look at the signature: a fifth of a step.
+    Gradio would go by way of two more threads, its sessions and a look at the signature, at every step.
     """
 
     async def answer(request: Request) -> Response:

@@ -114,6 +114,7 @@ class Gate:
         return self.url if self.url and host == urlsplit(self.url).netloc else None
 
     def _call(self, body: bytes) -> dict[str, Any] | None:
+        """The call, parsed here alone, so that nothing behind the gate can fail to read it; None: no call."""
         try:
             call = json.loads(body)
         except (ValueError, RecursionError):

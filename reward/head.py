@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 LARGE = 2**22
-"""Numbers of a forward pass up to which they are kept for backward: above, making them again is cheaper."""
+"""Logits, N x V of a forward pass, up to which they are kept for backward, and above made once more."""
 
 CHUNK = 2**20
 """Logits made at a time: 4 MB in fp32, which stays in a core's cache while it is worked on."""
