@@ -8,6 +8,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from reward.padding_free import Layout, Places
 
 
 @dataclass(frozen=True)
@@ -35,7 +38,8 @@ class Example:
 
 @dataclass(frozen=True)
 class Batch:
-    """R rows right-padded to T; K completions (of every example, in order) padded to C.
+    """R rows right-padded to T, or one behind the other in one row of T; K completions (of every example, in
+    order) padded to C.
 
     A row is a prompt without its last token, then for each of its completions a segment: the prompt's last
     token and the completion. Segments see the prompt and not each other, and count positions from the
@@ -58,37 +62,43 @@ class Batch:
     """(N,) long, all completion tokens, one completion after the other."""
     mask: Tensor
     """(K, C) bool, True at completion tokens."""
+    lengths: list[int]
+    """Tokens of each row."""
+    layout: Layout | None
+    """Where rows lie one behind the other, what attention has to know of them."""
 
     @classmethod
     def of(
-        cls, examples: Sequence[Example], pad: int, device: torch.device | str = "cpu", shared: bool = False
+        cls,
+        examples: Sequence[Example],
+        pad: int,
+        device: torch.device | str = "cpu",
+        shared: bool = False,
+        padding_free: bool = False,
     ) -> "Batch":
-        """`shared`: one row for each example, not for each completion."""
+        """`shared`: one row for each example, not for each completion; `padding_free`: rows in one row."""
         rows = [row for example in examples for row in example.rows(shared)]
         completions = [completion for example in examples for completion in example.completions]
-        width = max(length for example in examples for length in example.row_lengths(shared))
-        ids, positions, segments = (torch.full((len(rows), width), fill) for fill in (pad, 0, 0))
-        predicts = torch.zeros(len(rows), width, dtype=torch.bool)
-        for r, (prompt, of_row) in enumerate(rows):
-            parts = [prompt[:-1], *([prompt[-1], *completion] for completion in of_row)]
-            starts = [0, *([len(prompt) - 1] * len(of_row))]
-            at = 0
-            for number, (part, start) in enumerate(zip(parts, starts, strict=True), 1):
-                end = at + len(part)
-                ids[r, at:end] = torch.tensor(part, dtype=torch.long)
-                positions[r, at:end] = torch.arange(start, start + len(part))
-                segments[r, at:end] = number
-                predicts[r, at : end - 1] = number > 1
-                at = end
+        columns: tuple[list[Any], ...] = ([], [], [], [])
+        for prompt, of_row in rows:
+            for column, values in zip(columns, _row(prompt, of_row), strict=True):
+                column.extend(values)
+        lengths = [length for example in examples for length in example.row_lengths(shared)]
+        places, several = Places.of_rows(lengths), any(len(of_row) > 1 for _, of_row in rows)
+        of_tokens = [torch.tensor(column) for column in columns]
+        in_rows = [
+            torch.full(places.shape, fill).flatten().index_copy(0, places.places, column).view(places.shape)
+            for column, fill in zip(of_tokens, (pad, 0, 0, False), strict=True)
+        ]
+        layout = None
+        if padding_free:
+            seen = _seen(in_rows[2].to(device)) if several else None
+            layout = Layout(places.to(device), places.to(device), seen)
+            in_rows = [column[None] for column in of_tokens]
         mask = torch.arange(max(1, *map(len, completions), 1)) < torch.tensor([[len(c)] for c in completions])
-        targets = torch.tensor(
-            [token for completion in completions for token in completion], dtype=torch.long
-        )
-        several = any(len(of_row) > 1 for _, of_row in rows)
-        ids, positions, segments, predicts, targets, mask = (
-            t.to(device) for t in (ids, positions, segments, predicts, targets, mask)
-        )
-        return cls(ids, positions, segments, several, predicts, targets, mask)
+        targets = torch.tensor([token for tokens in completions for token in tokens], dtype=torch.long)
+        ids, positions, segments, predicts, targets, mask = (t.to(device) for t in (*in_rows, targets, mask))
+        return cls(ids, positions, segments, several, predicts, targets, mask, lengths, layout)
 
     def attention_mask(self, additive: torch.dtype | None = None) -> Tensor:
         """(R, T), 1 at tokens; where rows are shared (R, 1, T, T), True where a query may see a key.
@@ -97,9 +107,7 @@ class Batch:
         """
         if not self.shared:
             return (self.segments > 0).long()
-        queries, keys = self.segments[:, :, None], self.segments[:, None, :]
-        causal = torch.ones(2 * (self.segments.shape[1],), dtype=torch.bool, device=keys.device).tril()
-        seen = (causal & ((keys == 1) | (keys == queries)))[:, None]  # padding sees padding: no empty row
+        seen = _seen(self.segments)
         if additive is None:
             return seen
         lowest = torch.finfo(additive).min
@@ -111,25 +119,62 @@ class Batch:
             self.mask, flat
         )
 
+    def split(self, states: Tensor) -> list[Tensor]:
+        """(T_i, d) of each row, no padding, from the states (R, T, d) of the batch."""
+        if self.layout is not None:
+            return list(torch.split(states[0], self.lengths))
+        return [row[:length] for row, length in zip(states, self.lengths, strict=True)]
 
-def micro_batches(examples: Sequence[Any], max_tokens: int, shared: bool = False) -> Iterator[list[int]]:
-    """Indices in groups of similar length whose padded size stays under `max_tokens` (one example at least).
+    def join(self, rows: Sequence[Tensor]) -> Tensor:
+        """States of the batch from those of each row: the reverse of `split`."""
+        rows = list(rows)
+        return pad_sequence(rows, batch_first=True) if self.layout is None else torch.cat(rows)[None]
+
+
+def _row(prompt: list[int], completions: Sequence[list[int]]) -> tuple[list[Any], ...]:
+    """Ids, positions, segments of a row, and which of its tokens predict one of a completion."""
+    shared = prompt[:-1]
+    ids, positions, segments = list(shared), list(range(len(shared))), [1] * len(shared)
+    predicts = [False] * len(shared)
+    for number, completion in enumerate(completions, 2):
+        ids += [prompt[-1], *completion]
+        positions += range(len(shared), len(prompt) + len(completion))
+        segments += [number] * (1 + len(completion))
+        predicts += [True] * len(completion) + [False]
+    return ids, positions, segments, predicts
+
+
+def _seen(segments: Tensor) -> Tensor:
+    """(R, 1, T, T) bool, True where a query sees a key, from segments (R, T)."""
+    queries, keys = segments[:, :, None], segments[:, None, :]
+    causal = torch.ones(2 * (segments.shape[1],), dtype=torch.bool, device=keys.device).tril()
+    return (causal & ((keys == 1) | (keys == queries)))[:, None]  # padding sees padding: no empty row
+
+
+def micro_batches(
+    examples: Sequence[Any], max_tokens: int, shared: bool = False, padding_free: bool = False
+) -> Iterator[list[int]]:
+    """Indices in groups of similar length whose size stays under `max_tokens` (one example at least), padding
+    included where there is any.
 
     Of all cuts of the examples, sorted by length, the one with the least padding, where a group more costs as
-    much as OVERHEAD of the budget: small groups pad little, and leave the machine waiting between them. The
-    order of the groups does not matter to a loss that is normalised over the whole step. `examples` have
-    `row_lengths`.
+    much as OVERHEAD of the budget: small groups pad little, and leave the machine waiting between them. Rows
+    without padding are padded in attention still: that costs as ATTENTION says. The order of the groups does
+    not matter to a loss that is normalised over the whole step. `examples` have `row_lengths`.
     """
     lengths = [example.row_lengths(shared) for example in examples]
     order = sorted(range(len(examples)), key=lambda i: (max(lengths[i]), i))
     cost, starts = [0.0], [0]  # of the best cut of the first examples; where its last group starts
     for end, last in enumerate(order, 1):
-        longest, rows, best = max(lengths[last]), 0, (math.inf, end - 1)
+        longest, rows, tokens, best = max(lengths[last]), 0, 0, (math.inf, end - 1)
         for start in range(end - 1, -1, -1):
             rows += len(lengths[order[start]])
-            if rows * longest > max_tokens and start < end - 1:
+            tokens += sum(lengths[order[start]])
+            size = tokens if padding_free else rows * longest
+            if size > max_tokens and start < end - 1:
                 break
-            best = min(best, (cost[start] + rows * longest + OVERHEAD * max_tokens, start))
+            attention = rows * longest**2 / ATTENTION if padding_free else 0.0
+            best = min(best, (cost[start] + size + attention + OVERHEAD * max_tokens, start))
         cost.append(best[0])
         starts.append(best[1])
     ends = [len(order)]
@@ -141,3 +186,6 @@ def micro_batches(examples: Sequence[Any], max_tokens: int, shared: bool = False
 
 OVERHEAD = 1 / 8
 """Of the token budget: what a micro-batch costs beside its tokens."""
+
+ATTENTION = 1024
+"""Tokens of a row at which attention takes about as long as the rest of a layer; of a wide model, more."""

@@ -57,7 +57,8 @@ class _HeadLogprobs(torch.autograd.Function):
         (grad,) = grads
         states, weight, bias, targets, kept = ctx.saved_tensors
         of_states = torch.empty_like(states) if ctx.needs_input_grad[0] else None
-        of_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
+        empty = torch.empty_like if len(targets) else torch.zeros_like  # the first chunk writes over it
+        of_weight = empty(weight) if ctx.needs_input_grad[1] else None
         of_bias = torch.zeros_like(bias) if ctx.needs_input_grad[2] else None
         scale = grad.float() / ctx.temperature
         again = _chunks(states, weight, bias, ctx.temperature)
@@ -68,7 +69,7 @@ class _HeadLogprobs(torch.autograd.Function):
             if of_states is not None:
                 torch.mm(of_logits, weight, out=of_states[rows])
             if of_weight is not None:
-                of_weight.addmm_(of_logits.T, states[rows])
+                of_weight.addmm_(of_logits.T, states[rows], beta=float(rows.start > 0))
             if of_bias is not None:
                 of_bias += of_logits.sum(0)
         return of_states, of_weight, of_bias, None, None, None

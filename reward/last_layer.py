@@ -61,9 +61,12 @@ class _Narrowed:
         (states,) = args
         keys = _Keys()
         keys.catch(layer, states, kwargs)
-        mask = kwargs["attention_mask"]
-        given = {name: self._narrow(value) for name, value in kwargs.items()}
-        return (self._narrow(states),), given | {"attention_mask": self._mask(mask), "past_key_values": keys}
+        given = {name: self._narrow(value) for name, value in kwargs.items()} | {"past_key_values": keys}
+        if "layout" in kwargs:  # rows one behind the other
+            given["layout"] = kwargs["layout"].read_at(self.index[0])
+        else:
+            given["attention_mask"] = self._mask(kwargs["attention_mask"])
+        return (self._narrow(states),), given
 
     def _narrow(self, value: Any) -> Any:
         """(R, W, ...) of a tensor (R, T, ...) or (1, T, ...), or of each in a tuple; else what is given."""

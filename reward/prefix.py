@@ -16,7 +16,7 @@ from annotate.records import DataError
 from reward.batch import Batch, Example
 from reward.last_layer import layers_of
 from reward.paths import attempt, difference
-from reward.tokens import device_of, inputs, trunk
+from reward.tokens import device_of, run, trunk
 
 
 class Prefix:
@@ -75,7 +75,7 @@ class Prefix:
         def error() -> tuple[float, float]:
             plain = self._last(batch)
             with self.given(self.states(batch)):
-                return difference(plain[batch.segments > 0], self._last(batch)[batch.segments > 0])
+                return difference(*(torch.cat(batch.split(of)) for of in (plain, self._last(batch))))
 
         exact, why = attempt(error)
         if not exact:
@@ -87,7 +87,7 @@ class Prefix:
         return layers[: -self._k], layers[-self._k :]
 
     def _last(self, batch: Batch) -> Any:
-        return self._trunk(**inputs(self.model, batch)).last_hidden_state
+        return run(self._trunk, batch).last_hidden_state
 
     @contextmanager
     def _swapped(self, layers: list[nn.Module], others: dict[str, Any]) -> Iterator[None]:
@@ -98,11 +98,6 @@ class Prefix:
             yield
         finally:
             self._owner._modules.update(kept)
-
-
-def unpadded(states: Tensor, batch: Batch) -> list[Tensor]:
-    """(T_i, d) of each row, no padding; `pad_sequence(..., batch_first=True)` makes any group (R, T, d)."""
-    return [row[:length] for row, length in zip(states, (batch.segments > 0).sum(1).tolist(), strict=True)]
 
 
 class _HandOn(nn.Module):
@@ -136,7 +131,7 @@ def _behind(model: Any, owner: nn.Module, last: nn.Module) -> dict[str, nn.Modul
     hooks = [last.register_forward_hook(lambda *_: called.clear())]
     for name, child in owner.named_children():
         hooks.append(child.register_forward_pre_hook(lambda *_, name=name: called.append(name)))
-    trunk(model)(**inputs(model, Batch.of([Example([0, 0], ([0],))], 0, device_of(model))))
+    run(trunk(model), Batch.of([Example([0, 0], ([0],))], 0, device_of(model)))
     for hook in hooks:
         hook.remove()
     return {name: owner.get_submodule(name) for name in called}

@@ -4,7 +4,7 @@ Every trainer, the sampler and the evaluator go through here, so that what is tr
 the same sequence: the chat template up to the reply, the reply's own tokens, the stop token.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -18,6 +18,7 @@ from annotate.records import Message
 from reward.batch import Batch, Example, micro_batches
 from reward.head import head_logprobs
 from reward.last_layer import reading
+from reward.padding_free import attending
 from reward.parallel import shared
 
 T = TypeVar("T")
@@ -31,10 +32,12 @@ class Path:
     """The completions of one prompt share a row."""
     head: bool = False
     """Logits are the head's product with the trunk's states, so `reward.head` makes their log-softmax."""
+    padding_free: bool = False
+    """Rows can lie one behind the other, without padding."""
     layers: str = ""
     """Name of the trunk's list of layers, whose last can work where it is read alone; empty if it cannot."""
     why: tuple[str, ...] = ()
-    """Of rows, head and layers, in this order."""
+    """Of rows, padding, head and layers, in this order."""
 
 
 def prompt_ids(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> list[int]:
@@ -70,7 +73,7 @@ def forward(model: nn.Module, batch: Batch, temperature: float = 1.0) -> tuple[T
             HeadInput(model, wanted=value_head is not None) as hidden,
             read_at(model, batch.predicts) as read,
         ):
-            logits = model(**inputs(model, batch), logits_to_keep=read).logits
+            logits = run(model, batch, logits_to_keep=read).logits
         logits, states = logits.float(), hidden.states
         if temperature != 1.0:  # a division by 1 would still be a pass over the largest tensor there is
             logits = logits / temperature
@@ -110,7 +113,7 @@ def scores(model: Any, batch: Batch) -> Tensor:
 def states_at(model: Any, batch: Batch, at: Tensor) -> Tensor:
     """(N, d) below the head, where `at` (R, T) bool is true."""
     with read_at(model, at) as read:
-        states: Tensor = trunk(model)(**inputs(model, batch)).last_hidden_state[read]
+        states: Tensor = run(trunk(model), batch).last_hidden_state[read]
     return states
 
 
@@ -120,14 +123,17 @@ def read_at(model: Any, at: Tensor) -> AbstractContextManager[Tensor]:
     return reading(trunk(model), path.layers, at) if path.layers else nullcontext(at)
 
 
-def inputs(model: Any, batch: Batch) -> dict[str, Any]:
-    """What the model is called with: an ordinary causal batch, or one of shared rows."""
-    given = {"input_ids": batch.input_ids, "use_cache": False}
+def run(module: Any, batch: Batch, **options: Any) -> Any:
+    """What a model, or its trunk, makes of a batch: ordinary causal rows, shared ones, or without padding."""
+    options |= {"input_ids": batch.input_ids, "use_cache": False}
+    if batch.layout is not None:
+        with attending(module.config):
+            return module(**options, position_ids=batch.position_ids, layout=batch.layout)
     if not batch.shared:
-        return given | {"attention_mask": batch.attention_mask()}
-    eager = model.config._attn_implementation == "eager"
-    mask = batch.attention_mask(next(model.parameters()).dtype if eager else None)
-    return given | {"attention_mask": mask, "position_ids": batch.position_ids}
+        return module(**options, attention_mask=batch.attention_mask())
+    eager = module.config._attn_implementation == "eager"
+    mask = batch.attention_mask(next(module.parameters()).dtype if eager else None)
+    return module(**options, attention_mask=mask, position_ids=batch.position_ids)
 
 
 def trunk(model: Any) -> Any:
@@ -169,7 +175,7 @@ def rewards(model: nn.Module, examples: Sequence[Example]) -> list[list[float]]:
 
 
 def token_budget(model: nn.Module) -> int:
-    """Padded tokens of one forward pass. A GPU wants large ones.
+    """Tokens of one forward pass, padding included. A GPU wants large ones.
 
     On a CPU what fits its caches is fastest: half as many of a wide model are as fast, and take less memory.
     """
@@ -186,7 +192,7 @@ def _without_grad(
     results: list[list[T]] = [[] for _ in examples]
     training = model.training
     model.eval()
-    groups = list(micro_batches(examples, token_budget(model), shares(model)))
+    groups = list(grouped(model, examples))
     found = shared(groups, lambda group: rows_of(batch_of(model, [examples[i] for i in group])))
     for group, of_group in zip(groups, found, strict=True):
         rows = iter(of_group)
@@ -196,14 +202,24 @@ def _without_grad(
     return results
 
 
+def grouped(model: nn.Module, examples: Sequence[Any], max_tokens: int | None = None) -> Iterator[list[int]]:
+    """Indices of the examples, micro-batch by micro-batch, under `max_tokens` or the model's own budget."""
+    return micro_batches(examples, max_tokens or token_budget(model), *_in_rows(model))
+
+
 def batch_of(model: nn.Module, examples: Sequence[Example]) -> Batch:
-    return Batch.of(examples, pad_id(model), device_of(model), shares(model))
+    return Batch.of(examples, pad_id(model), device_of(model), *_in_rows(model))
 
 
-def shares(model: nn.Module) -> bool:
-    """May the completions of one prompt share a row? Not before `reward.paths.choose` has tried it."""
+def _in_rows(model: nn.Module) -> tuple[bool, bool]:
+    """May the completions of one prompt share a row, and rows lie one behind the other?
+
+    Not before `reward.paths.choose` has tried it. Where activations are checkpointed the layers run again in
+    backward, when it is no longer known how rows lie.
+    """
     path: Path = getattr(model, "path", Path())
-    return path.shares
+    again = getattr(trunk(model), "is_activation_checkpointing", False)
+    return path.shares, path.padding_free and not again
 
 
 def pad_id(model: nn.Module) -> int:

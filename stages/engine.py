@@ -19,10 +19,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
-from reward.batch import micro_batches
 from reward.parallel import once, place, sum_gradients, summed, wait
 from reward.paths import choose, describe
-from reward.tokens import shares, token_budget
+from reward.tokens import grouped
 from stages.config import UserError
 from stages.run import Run, is_writer
 
@@ -103,7 +102,7 @@ class Engine(Trainer):
         if isinstance(steps, Epochs):
             choose(model, steps.examples)
         self.objective, self.steps = objective, steps
-        self.max_tokens = max_tokens or token_budget(model)
+        self.max_tokens = max_tokens
         self.sums: dict[str, float] = defaultdict(float)
         self.skipped = 0
 
@@ -121,7 +120,7 @@ class Engine(Trainer):
         weight = self.objective.weight(inputs)
         sums: dict[str, float] = defaultdict(float)
         mine = _my_share(inputs)
-        for group in micro_batches(mine, self.max_tokens, shares(self.model)):
+        for group in grouped(self.model, mine, self.max_tokens):
             with self.compute_loss_context_manager():
                 loss, metrics = self.objective.loss(self.model, [mine[i] for i in group])
             self.accelerator.backward(loss / weight)

@@ -13,9 +13,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import TrainerCallback
 
-from reward.batch import micro_batches
 from reward.parallel import summed, wait
-from reward.tokens import shares, token_budget
+from reward.tokens import grouped
 from stages.objectives import Direct, Pair
 from stages.run import Run, is_writer
 
@@ -26,7 +25,7 @@ def measure(model: Any, objective: Direct, pairs: Sequence[Pair]) -> dict[str, f
     sums: Counter[str] = Counter()
     training = model.training
     model.eval()
-    for group in micro_batches(pairs, token_budget(model), shares(model)):
+    for group in grouped(model, pairs):
         loss, metrics = objective.loss(model, [pairs[i] for i in group])
         for name, value in ({"loss": loss} | metrics).items():
             sums[f"held_out_{name}"] += float(value)  # type: ignore[assignment]

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from annotate.records import Message
-from reward.batch import Example, micro_batches
+from reward.batch import Example
 from reward.model import disable_dropout, load_policy, load_tokenizer, without_gradient
 from reward.paths import chosen
-from reward.prefix import Prefix, unpadded
-from reward.tokens import batch_of, device_of, forward, logprobs, prompt_ids, token_budget
+from reward.prefix import Prefix
+from reward.tokens import batch_of, device_of, forward, grouped, logprobs, prompt_ids
 from stages.errors import UserError
 from stages.ppo_config import PPOConfig
 
@@ -99,7 +99,7 @@ class Reference:
         logps: list[list[float]] = [[] for _ in examples]
         states: list[Tensor | None] = [None] * len(examples)
         chosen(self.policy, examples).eval()
-        for group in micro_batches(examples, token_budget(self.policy)):
+        for group in grouped(self.policy, examples):
             batch = batch_of(self.policy, [examples[i] for i in group])
             if not self.checked:
                 prefix.check(batch)
@@ -107,7 +107,7 @@ class Reference:
             entering = prefix.states(batch)
             with prefix.reference(), prefix.given(entering):
                 found, _ = forward(self.policy, batch, temperature)
-            for row, (i, of_row) in enumerate(zip(group, unpadded(entering, batch), strict=True)):
+            for row, (i, of_row) in enumerate(zip(group, batch.split(entering), strict=True)):
                 logps[i] = found[row, batch.mask[row]].tolist()
                 states[i] = of_row.clone()  # a view would keep the whole batch
         return logps, states

@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.rnn import pad_sequence
 
 from reward.batch import Batch, Example
 from reward.prefix import Prefix
@@ -48,7 +47,7 @@ class PPO:
 
     def loss(self, model: nn.Module, examples: Sequence[Experience]) -> tuple[Tensor, dict[str, Tensor]]:
         config, batch = self.config, batch_of(model, examples)
-        with self._from_states(examples):
+        with self._from_states(batch, examples):
             logps, values = forward(model, batch, config.temperature)
         assert values is not None
         old_logps, old_values, advantages, returns, weights = _columns(batch, examples)
@@ -67,11 +66,10 @@ class PPO:
         self.kl += float(metrics["approx_kl"]) / max(1.0, self.tokens)
         return of_policy + config.vf_coef * of_value, metrics
 
-    def _from_states(self, examples: Sequence[Experience]) -> Any:
+    def _from_states(self, batch: Batch, examples: Sequence[Experience]) -> Any:
         if self.prefix is None:
             return nullcontext()
-        states = [example.states for example in examples if example.states is not None]
-        return self.prefix.given(pad_sequence(states, batch_first=True))
+        return self.prefix.given(batch.join([e.states for e in examples if e.states is not None]))
 
 
 def _columns(batch: Batch, examples: Sequence[Experience]) -> tuple[Tensor, ...]:

@@ -21,7 +21,7 @@ from reward.batch import Batch, Example
 from reward.last_layer import layers_of, reading
 from reward.paths import choose, describe
 from reward.prefix import Prefix
-from reward.tokens import forward, inputs, rewards, trunk
+from reward.tokens import forward, rewards, run, trunk
 
 EXAMPLES = [
     Example([5, 6, 7, 8, 9], ([10, 11, 1], [12, 13, 14, 15, 16, 17, 1])),
@@ -151,7 +151,7 @@ def test_nothing_is_left_behind_by_a_pass_that_fails():
     batch = Batch.of(EXAMPLES, 0)
     with pytest.raises(ValueError, match="mine"), reading(trunk(model), "layers", batch.predicts):
         raise ValueError("mine")
-    assert trunk(model)(**inputs(model, batch)).last_hidden_state.shape[:2] == batch.input_ids.shape
+    assert run(trunk(model), batch).last_hidden_state.shape[:2] == batch.input_ids.shape
 
 
 def test_a_model_without_such_a_layer_is_left_whole():

@@ -5,7 +5,6 @@ from contextlib import contextmanager
 import pytest
 import torch
 from torch import nn
-from torch.nn.utils.rnn import pad_sequence
 from transformers import (
     AutoModelForCausalLM,
     BloomConfig,
@@ -25,7 +24,7 @@ from transformers import (
 
 from annotate.records import DataError
 from reward.batch import Batch, Example, micro_batches
-from reward.prefix import Prefix, unpadded
+from reward.prefix import Prefix
 from reward.tokens import forward
 
 SIZES = {
@@ -185,20 +184,21 @@ def test_windows_and_experts_work_too(name):
 
 
 @pytest.mark.parametrize("shared", [False, True])
-def test_states_may_be_grouped_and_padded_anew(model, shared):
+@pytest.mark.parametrize("padding_free", [False, True])
+def test_states_may_be_grouped_anew(model, shared, padding_free):
     prefix = Prefix(model, "last:3")
-    whole = Batch.of(EXAMPLES, 0, shared=shared)
-    kept = unpadded(prefix.states(whole), whole)
+    whole = Batch.of(EXAMPLES, 0, "cpu", shared, padding_free)
+    kept = whole.split(prefix.states(whole))
     assert [len(row) for row in kept] == [n for e in EXAMPLES for n in e.row_lengths(shared)]
     first = [sum(len(e.rows(shared)) for e in EXAMPLES[:i]) for i in range(len(EXAMPLES))]
     groups = list(micro_batches(EXAMPLES, 32, shared))
     assert len(groups) > 1
     for group in groups:
-        batch = Batch.of([EXAMPLES[i] for i in group], 0, shared=shared)
+        batch = Batch.of([EXAMPLES[i] for i in group], 0, "cpu", shared, padding_free)
         of_group = [kept[first[i] + r] for i in group for r in range(len(EXAMPLES[i].rows(shared)))]
         with torch.no_grad():
             plain = forward(model, batch)
-            with prefix.given(pad_sequence(of_group, batch_first=True)):
+            with prefix.given(batch.join(of_group)):
                 ours = forward(model, batch)
         for a, b in zip(ours, plain, strict=True):
             torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-6)

@@ -375,9 +375,8 @@ def step_time(
     from torch.utils.flop_counter import FlopCounterMode
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from reward.batch import micro_batches
     from reward.paths import choose
-    from reward.tokens import shares, token_budget
+    from reward.tokens import grouped
     from stages.objectives import Direct, Pair
 
     torch.manual_seed(0)
@@ -408,7 +407,7 @@ def step_time(
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
 
     def step() -> None:
-        for group in micro_batches(pairs, token_budget(model), shares(model)):
+        for group in grouped(model, pairs):
             objective.loss(model, [pairs[i] for i in group])[0].backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
