@@ -6,11 +6,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-LARGE = 2**22
+LARGE = 2**24
 """Logits, N x V of a forward pass, up to which they are kept for backward, and above made once more."""
 
 CHUNK = 2**20
 """Logits made at a time: 4 MB in fp32, which stays in a core's cache while it is worked on."""
+
+ROWS = 128
+"""Of a chunk at least: each chunk reads the whole head, and in backward writes its gradient."""
 
 
 def head_logprobs(
@@ -82,7 +85,7 @@ def _chunks(
 
     The temperature divides within the product, which spares a pass over its result.
     """
-    size = min(max(1, CHUNK // weight.shape[0]), len(states))
+    size = min(max(ROWS, CHUNK // weight.shape[0]), len(states))
     product = torch.empty(size, weight.shape[0], dtype=states.dtype, device=states.device)
     buffer = torch.empty(product.shape, device=states.device) if kept is None else None
     added, share = (product.new_zeros(1), 0.0) if bias is None else (bias, 1 / temperature)

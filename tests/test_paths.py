@@ -26,7 +26,7 @@ SIZES = {
 }
 
 
-@pytest.fixture(params=[0, 2**22], ids=["chunks made again", "kept"])
+@pytest.fixture(params=[0, 2**24], ids=["chunks made again", "kept"])
 def large(request, monkeypatch):
     monkeypatch.setattr("reward.head.LARGE", request.param)
 
@@ -81,7 +81,8 @@ def test_shared_rows_and_the_head_apart_give_the_gradient_of_plain_rows(folder, 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 @pytest.mark.parametrize("biased", [False, True])
 def test_the_head_apart_is_log_softmax(monkeypatch, large, temperature, biased):
-    monkeypatch.setattr("reward.head.CHUNK", 150)  # three rows at a time
+    monkeypatch.setattr("reward.head.CHUNK", 150)
+    monkeypatch.setattr("reward.head.ROWS", 1)  # three rows at a time
     torch.manual_seed(0)
     states, weight, bias = (torch.randn(*shape, requires_grad=True) for shape in ((11, 8), (50, 8), (50,)))
     targets, grad = torch.randint(50, (11,)), torch.randn(11)
