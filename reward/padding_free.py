@@ -49,6 +49,8 @@ class Places:
     def pad(self, states: Tensor) -> Tensor:
         """(1, H, N, D) -> (R, H, T, D); what is at padding must reach nothing that is read."""
         of_tokens = states.transpose(1, 2).squeeze(0)
+        if len(of_tokens) != len(self.places):  # a cache, or virtual tokens in front
+            raise ValueError(f"attention to {len(of_tokens)} tokens, where rows have {len(self.places)}")
         if len(self.places) < len(self.tokens):
             of_tokens = _Pad.apply(of_tokens, self.tokens, self.places)  # type: ignore[no-untyped-call]
         return of_tokens.reshape(*self.shape, *of_tokens.shape[1:]).transpose(1, 2)

@@ -167,6 +167,11 @@ def test_places_are_rows_and_back():
     assert states.grad.flatten().tolist() == [1, 2, 3, 4, 5, 6]
 
 
+def test_keys_of_other_tokens_are_refused():
+    with pytest.raises(ValueError, match="attention to 8 tokens, where rows have 6"):
+        Places.of_rows([2, 3, 1]).pad(torch.zeros(1, 2, 8, 4))
+
+
 def test_what_is_read_alone_sees_what_it_saw():
     places = Places.of_rows([3, 1, 2])
     layout = Layout(places, places).read_at(torch.tensor([1, 2, 5]))
