@@ -86,15 +86,18 @@ class Batch:
         lengths = [length for example in examples for length in example.row_lengths(shared)]
         places, several = Places.of_rows(lengths), any(len(of_row) > 1 for _, of_row in rows)
         of_tokens = [torch.tensor(column) for column in columns]
-        in_rows = [
-            torch.full(places.shape, fill).flatten().index_copy(0, places.places, column).view(places.shape)
-            for column, fill in zip(of_tokens, (pad, 0, 0, False), strict=True)
-        ]
+
+        def padded(column: Tensor, fill: Any) -> Tensor:
+            flat = torch.full(places.tokens.shape, fill).index_copy_(0, places.places, column)
+            return flat.view(places.shape)
+
         layout = None
         if padding_free:
-            seen = _seen(in_rows[2].to(device)) if several else None
+            seen = _seen(padded(of_tokens[2], 0).to(device)) if several else None
             layout = Layout(places.to(device), places.to(device), seen)
             in_rows = [column[None] for column in of_tokens]
+        else:
+            in_rows = [padded(*of) for of in zip(of_tokens, (pad, 0, 0, False), strict=True)]
         mask = torch.arange(max(1, *map(len, completions), 1)) < torch.tensor([[len(c)] for c in completions])
         targets = torch.tensor([token for tokens in completions for token in tokens], dtype=torch.long)
         ids, positions, segments, predicts, targets, mask = (t.to(device) for t in (*in_rows, targets, mask))
