@@ -9,6 +9,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import takewhile
 from pathlib import Path
 from typing import NoReturn
 
@@ -27,8 +28,8 @@ commands
                      --only STAGE    this stage and no other
                      --force STAGE   make this stage anew, beside what is there
                      --publish       copy the report to results/<experiment>/
-  status CONFIG    what is complete, what is not, and why
-  clean CONFIG     remove runs that these settings no longer lead to (lists them and asks first; --yes)
+  status CONFIG    what is complete, what is not, and why (--seeds)
+  clean CONFIG     remove runs that these settings no longer lead to (lists them and asks first; --yes; --seeds)
   annotate CONFIG  open the labelling page (--port 7860; --as NAME, else the page asks who you are)
                      --url https://label.example.org   others enter, by invitation, through a proxy there
                      --invite NAME   print the link by which NAME enters, and no more
@@ -90,11 +91,22 @@ def _dispatch(argv: list[str]) -> int:
         from stages.chat import main as chat
 
         return chat(rest)
+    if command in COMMANDS and {"--help", "-h"} & set(rest):
+        print(_help_of(command))
+        return 0
     if command in COMMANDS:
         return COMMANDS[command](rest, _command(argv))
     if command in STAGES:
         return _stage(command, rest, _command(argv))
     raise SettingsError(f"no command {command}; {suggest(command, [*COMMANDS, 'chat', *STAGES])}")
+
+
+def _help_of(command: str) -> str:
+    """Of one command, what HELP says; argparse would list the options without a word on them."""
+    usage, _, overrides, *lines = HELP.splitlines()
+    first = next(i for i, line in enumerate(lines) if line.startswith(f"  {command} "))
+    of_options = takewhile(lambda line: line.startswith(" " * 5), lines[first + 1 :])
+    return "\n".join([usage.replace("COMMAND", command), "", overrides, "", lines[first], *of_options])
 
 
 def _run(argv: list[str], command: str) -> int:

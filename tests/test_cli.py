@@ -223,6 +223,25 @@ def test_help_of_a_stage_explains_every_setting(kind, capsys):
         assert re.search(rf"^  {name}: ", text, re.M)
 
 
+@pytest.mark.parametrize("command", cli.COMMANDS)
+def test_help_of_a_command_explains_every_option(command, capsys, monkeypatch):
+    options: list[str] = []
+
+    class Noted(cli.Usage):
+        def parse_intermixed_args(self, *_):
+            options.extend(name for action in self._actions for name in action.option_strings)
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "Usage", Noted)
+    with pytest.raises(KeyboardInterrupt):
+        cli.COMMANDS[command]([], "")
+    assert cli.main([command, "--help"]) == 0
+    text = capsys.readouterr().out
+    assert text.startswith(f"usage: prefloop {command} CONFIG") and f"  {command} CONFIG " in text
+    for option in set(options) - {"-h", "--help"}:
+        assert re.search(rf"{option}\b", text), option
+
+
 def test_the_manifest_is_plain_json(toy, runs):
     cli.main(["run", toy])
     found = json.loads((next(runs.glob("toy/gather/*")) / "manifest.json").read_text())
