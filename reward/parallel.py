@@ -6,8 +6,9 @@ share of a list and gets the others' shares. With one process every function doe
 
 import atexit
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cache
+from itertools import groupby
 from typing import Any, TypeVar
 
 import torch
@@ -82,18 +83,35 @@ def _plain_group() -> Any:
 def sum_gradients(parameters: Iterable[nn.Parameter]) -> None:
     """Add up the gradients that the processes found, each on its share of a step.
 
-    What has none in any process keeps none: an optimiser would decay it, and move it by its momentum.
+    What has none in any process keeps none: an optimiser would decay it, and move it by its momentum. They go
+    in few large messages, since on CPUs a message costs more than what is in it.
     """
     if place()[1] == 1:
         return
-    trained = [parameter for parameter in parameters if parameter.requires_grad]
-    reached = torch.tensor([p.grad is not None for p in trained], dtype=torch.int32, device=trained[0].device)
-    dist.all_reduce(reached, dist.ReduceOp.MAX)
-    for parameter, moves in zip(trained, reached.tolist(), strict=True):
-        if moves:
-            if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
-            dist.all_reduce(parameter.grad)
+    for some in _buckets(parameter for parameter in parameters if parameter.requires_grad):
+        reached = some[0].new_tensor([parameter.grad is not None for parameter in some])
+        grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in some]
+        message = torch.cat([reached, *(grad.flatten() for grad in grads)])
+        dist.all_reduce(message)
+        moves, *found = message.split([len(some), *(grad.numel() for grad in grads)])
+        for parameter, moved, grad in zip(some, moves.tolist(), found, strict=True):
+            parameter.grad = grad.view_as(parameter) if moved else None
+
+
+def _buckets(parameters: Iterable[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
+    """Neighbours of one type and device, up to BUCKET numbers, or a larger one alone."""
+    for _, alike in groupby(parameters, key=lambda p: (p.dtype, p.device)):
+        some: list[nn.Parameter] = []
+        for parameter in alike:
+            if some and sum(p.numel() for p in some) + parameter.numel() > BUCKET:
+                yield some
+                some = []
+            some.append(parameter)
+        yield some
+
+
+BUCKET = 2**22
+"""Numbers in one message of gradients."""
 
 
 def summed(values: Mapping[str, float]) -> dict[str, float]:

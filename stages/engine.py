@@ -117,22 +117,18 @@ class Engine(Trainer):
         total = torch.zeros((), device=self.args.device)
         if not inputs:
             return total
-        weight = self.objective.weight(inputs)
-        sums: dict[str, float] = defaultdict(float)
+        weight, found = self.objective.weight(inputs), 0.0
         mine = _my_share(inputs)
         for group in grouped(self.model, mine, self.max_tokens):
             with self.compute_loss_context_manager():
                 loss, metrics = self.objective.loss(self.model, [mine[i] for i in group])
             self.accelerator.backward(loss / weight)
-            for name, value in ({"loss": loss.detach()} | metrics).items():
-                sums[name] += float(value) / weight
+            found += float(loss.detach()) / weight
+            for name, value in metrics.items():
+                self.sums[name] += float(value) / weight
         sum_gradients(self.model.parameters())
-        found = summed(sums)
-        total += found.pop("loss", 0.0)
-        for name, mean in found.items():
-            self.sums[name] += mean
         self.sums["steps"] += 1
-        return total
+        return total + found * place()[1]  # the Trainer takes the mean over the processes
 
     def _clip_grad_norm(self, model: nn.Module) -> Tensor:
         """Clip; drop the gradients of a step whose norm is not finite, so that the optimiser skips it."""
@@ -159,7 +155,7 @@ class Engine(Trainer):
         """Means of the metrics over the optimiser steps since they were last collected."""
         steps = max(1.0, self.sums.pop("steps", 0.0))
         skipped = self.sums.pop("skipped_steps", 0.0)
-        found = {name: value / steps for name, value in self.sums.items()} | self.steps.metrics
+        found = {name: value / steps for name, value in summed(self.sums).items()} | self.steps.metrics
         self.sums.clear()
         return found | ({"skipped_steps": skipped} if skipped else {})
 
