@@ -29,7 +29,7 @@ commands
                      --force STAGE   make this stage anew, beside what is there
                      --publish       copy the report to results/<experiment>/
   status CONFIG    what is complete, what is not, and why (--seeds)
-  clean CONFIG     remove runs that these settings no longer lead to (lists them and asks first; --yes; --seeds)
+  clean CONFIG     remove runs that these settings no longer lead to; lists them, asks first (--yes; --seeds)
   annotate CONFIG  open the labelling page (--port 7860; --as NAME, else the page asks who you are)
                      --url https://label.example.org   others enter, by invitation, through a proxy there
                      --invite NAME   print the link by which NAME enters, and no more
