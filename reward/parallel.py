@@ -93,7 +93,7 @@ def sum_gradients(parameters: Iterable[nn.Parameter]) -> None:
         grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in some]
         message = torch.cat([reached, *(grad.flatten() for grad in grads)])
         dist.all_reduce(message)
-        moves, *found = message.split([len(some), *(grad.numel() for grad in grads)])
+        moves, *found = torch.split(message, [len(some), *(grad.numel() for grad in grads)])
         for parameter, moved, grad in zip(some, moves.tolist(), found, strict=True):
             parameter.grad = grad.view_as(parameter) if moved else None
 
