@@ -108,14 +108,18 @@ class Desk:
         self.ready()
 
     def ready(self) -> None:
-        self.page.wait_for_selector('.stage[data-state="task"]', timeout=60_000)
+        self._task_is_there()
         if self.page.is_visible(".guidelines"):  # on the first visit
             self.page.keyboard.press("Enter")
             self.page.wait_for_selector(".guidelines", state="hidden")
 
+    def _task_is_there(self) -> None:
+        self.page.wait_for_selector('.stage[data-state="task"]', timeout=60_000)
+
     @property
     def task(self) -> str:
-        """Task id of what is on the screen, found by its texts."""
+        """Task id of what is on the screen, found by its texts; on a busy machine the next may take a moment."""
+        self._task_is_there()
         shown = sorted(self.shown())
         [found] = [t for t, item in self.served.items.items() if sorted(item.completions) == shown]
         return found
