@@ -120,7 +120,7 @@ class Engine(Trainer):
         weight, found = self.objective.weight(inputs), 0.0
         mine = _my_share(inputs)
         for group in grouped(self.model, mine, self.max_tokens):
-            with self.compute_loss_context_manager():
+            with self.accelerator.autocast():
                 loss, metrics = self.objective.loss(self.model, [mine[i] for i in group])
             self.accelerator.backward(loss / weight)
             found += float(loss.detach()) / weight

@@ -212,6 +212,17 @@ def test_an_empty_step_changes_nothing_and_counts(tmp_path):
     assert tiny.same_weights(with_empty, without) and engine.state.global_step == 4
 
 
+def test_bf16_reaches_the_layers(tmp_path):
+    """The Trainer would wrap the model's own forward, and our passes run its trunk."""
+    model = tiny.model_of("llama", tiny.tokenizer_of())
+    seen = []
+    model.model.layers[0].mlp.up_proj.register_forward_hook(lambda *of: seen.append(of[-1].dtype))
+    steps = Fixed([examples(4)])
+    args = TrainingArguments(str(tmp_path), bf16=True, use_cpu=True, report_to="none")
+    Engine(model, args, NLL(), steps).train()
+    assert set(seen) == {torch.bfloat16} and model.dtype == torch.float32
+
+
 def test_what_is_logged_is_the_mean_over_the_step(tmp_path):
     rows = examples(6)
     start = tiny.model_of("llama", tiny.tokenizer_of())
