@@ -118,7 +118,7 @@ class Desk:
 
     @property
     def task(self) -> str:
-        """Task id of what is on the screen, found by its texts; on a busy machine the next may take a moment."""
+        """Task id of what is on the screen, found by its texts; the next may take a moment to be there."""
         self._task_is_there()
         shown = sorted(self.shown())
         [found] = [t for t, item in self.served.items.items() if sorted(item.completions) == shown]
