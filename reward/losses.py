@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from annotate.records import Judgement
 from reward.batch import Example
+from reward.together import of_parts, parts
 from reward.tokens import batch_of, device_of, scores
 
 
@@ -58,20 +59,24 @@ def initial_thresholds(comparisons: Sequence[Comparison]) -> Tensor:
 
 
 class PreferenceLikelihood:
-    """Negative log-likelihood of the judgements; the thresholds train along, as a parameter of the model."""
+    """Negative log-likelihood of the judgements; the thresholds train along, as a parameter of the model.
+
+    Its examples are comparisons, those that share completions together (`reward.together`) or each alone.
+    """
 
     def __init__(self, model: nn.Module, comparisons: Sequence[Comparison]):
         thresholds = initial_thresholds(comparisons)
         self.unused = thresholds.isinf()
         model.thresholds = nn.Parameter(thresholds.masked_fill(self.unused, 0.0).to(device_of(model)))
 
-    def weight(self, examples: Sequence[Comparison]) -> float:
-        return sum(sum(comparison.counts) for comparison in examples)
+    def weight(self, examples: Sequence[Example]) -> float:
+        return sum(sum(comparison.counts) for comparison in parts(examples))
 
-    def loss(self, model: Any, examples: Sequence[Comparison]) -> tuple[Tensor, dict[str, Tensor]]:
-        score = scores(model, batch_of(model, examples)).view(-1, 2)
+    def loss(self, model: Any, examples: Sequence[Example]) -> tuple[Tensor, dict[str, Tensor]]:
+        score = of_parts(examples, scores(model, batch_of(model, examples))).view(-1, 2)
         difference = score[:, 0] - score[:, 1]
-        counts = torch.tensor([c.counts for c in examples], dtype=torch.float32, device=score.device)
+        given = [comparison.counts for comparison in parts(examples)]
+        counts = torch.tensor(given, dtype=torch.float32, device=score.device)
         loss = preference_loss(difference, counts, self._thresholds(model))
         right = torch.where(difference > 0, counts[:, 4:].sum(1), counts[:, :3].sum(1))
         decided = counts.sum() - counts[:, 3].sum()

@@ -40,17 +40,55 @@ class Path:
     """Of rows, padding, head and layers, in this order."""
 
 
-def prompt_ids(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> list[int]:
-    """The conversation so far, rendered by the chat template up to where the assistant begins to speak."""
-    ids: list[int] = tokenizer.apply_chat_template(
-        [m.model_dump() for m in messages], add_generation_prompt=True, tokenize=True, return_dict=False
+def encode(
+    tokenizer: PreTrainedTokenizerBase, rows: Sequence[tuple[Sequence[Message], Sequence[str]]]
+) -> list[Example]:
+    """Of each conversation and its completions, what the model reads."""
+    prompts = prompts_ids(tokenizer, [messages for messages, _ in rows])
+    texts = list(dict.fromkeys(text for _, completions in rows for text in completions))
+    known = dict(zip(texts, completions_ids(tokenizer, texts), strict=True))
+    return [
+        Example(prompt, tuple(known[text] for text in completions))
+        for prompt, (_, completions) in zip(prompts, rows, strict=True)
+    ]
+
+
+def prompts_ids(
+    tokenizer: PreTrainedTokenizerBase, conversations: Sequence[Sequence[Message]]
+) -> list[list[int]]:
+    """Each as the chat template renders it, up to where the assistant begins to speak.
+
+    One call for all, and for a conversation that comes again: alone, each costs more than its tokens.
+    """
+    distinct = list(dict.fromkeys(map(tuple, conversations)))
+    if not distinct:
+        return []
+    ids: list[list[int]] = tokenizer.apply_chat_template(
+        [[message.model_dump() for message in messages] for messages in distinct],
+        add_generation_prompt=True,
+        tokenize=True,
+        return_dict=False,
     )
-    return ids
+    known = dict(zip(distinct, ids, strict=True))
+    return [known[tuple(messages)] for messages in conversations]
+
+
+def completions_ids(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
+    """The tokens of each reply and the stop token, which is trained and scored like any other."""
+    if not texts:
+        return []
+    ids = tokenizer(list(texts), add_special_tokens=False)["input_ids"]
+    return [[*of_text, tokenizer.eos_token_id] for of_text in ids]
+
+
+def prompt_ids(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> list[int]:
+    """As `prompts_ids`, of one conversation."""
+    return prompts_ids(tokenizer, [messages])[0]
 
 
 def completion_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """The reply's tokens and the stop token, which is trained and scored like any other."""
-    return [*tokenizer(text, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
+    """As `completions_ids`, of one reply."""
+    return completions_ids(tokenizer, [text])[0]
 
 
 def forward(model: nn.Module, batch: Batch, temperature: float = 1.0) -> tuple[Tensor, Tensor | None]:

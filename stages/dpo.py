@@ -29,6 +29,7 @@ from stages.rm import FAULTS, fault, nothing_to_train_on, report, usable, who
 from stages.run import Run
 
 if TYPE_CHECKING:
+    from reward.batch import Example
     from reward.losses import Comparison
     from stages.objectives import Direct, Pair
 
@@ -107,6 +108,7 @@ class Config(StageConfig):
 
 def main(config: Config, run: Run) -> None:
     from reward.model import load_policy, save
+    from reward.together import together
     from stages.adapters import configuration, merged, with_adapters
     from stages.engine import Engine, Epochs, Reporting, arguments, train
     from stages.held_out import HeldOut
@@ -129,10 +131,10 @@ def main(config: Config, run: Run) -> None:
 
     model = with_adapters(model, adapters)
     args = arguments(run, config.trainer, learning_rate=1e-4, lr_scheduler_type="linear", eval_steps=100)
-    steps = Epochs(pairs, args)
+    steps = Epochs(together(pairs), args)
     objective = Direct(config.objective, config.parameters, config.sft_weight)
     check_first_batch(model, objective, next(iter(steps.start(0))), run)
-    watch = HeldOut(run, objective, held_out, config.early_stopping_patience, config.max_kl)
+    watch = HeldOut(run, objective, together(held_out), config.early_stopping_patience, config.max_kl)
     reporting = Reporting(run, "DPO", ("loss", "accuracy", "margin"))
     train(Engine(model, args, objective, steps, [reporting, watch]), run)
     watch.finish(model)
@@ -178,21 +180,18 @@ def rankings(
     tokenizer: Any, rows: Sequence[Judgement], limit: int
 ) -> "tuple[list[Pair], dict[str, list[str]]]":
     """Two or more completions by their mean rank over annotators; as `stages.rm.usable`, and no ties."""
-    from reward.tokens import completion_ids, prompt_ids
+    from reward.tokens import encode
     from stages.objectives import Pair
 
     examples = []
     faults: dict[str, list[str]] = {name: [] for name in (*FAULTS, "tied")}
-    for task, group in groupby(sorted(rows, key=lambda j: j.task), key=lambda j: j.task):
-        of_task = list(group)
-        ranks = [r for j in of_task if (r := j.ranking or _ranking(j.preference))]
+    groups = [list(group) for _, group in groupby(sorted(rows, key=lambda j: j.task), key=lambda j: j.task)]
+    encoded = encode(tokenizer, [(of_task[0].prompt, of_task[0].completions) for of_task in groups])
+    for of_task, ids in zip(groups, encoded, strict=True):
+        task, ranks = of_task[0].task, [r for j in of_task if (r := j.ranking or _ranking(j.preference))]
         totals = [sum(of_one) for of_one in zip(*ranks, strict=True)]
         best_first = sorted(range(len(totals)), key=totals.__getitem__)
-        example = Pair(
-            prompt_ids(tokenizer, of_task[0].prompt),
-            tuple(completion_ids(tokenizer, of_task[0].completions[i]) for i in best_first) or ([],),
-            task=task,
-        )
+        example = Pair(ids.prompt, tuple(ids.completions[i] for i in best_first) or ([],), task=task)
         wrong = "no_verdict" if not ranks else fault(example, limit)
         if not wrong and len(set(totals)) < len(totals):
             wrong = "tied"
@@ -220,9 +219,11 @@ def with_reference(model: Any, policy: str, pairs: "Sequence[Pair]", run: Run) -
     return [replace(pair, reference=of_pair) for pair, of_pair in zip(pairs, logps, strict=True)]
 
 
-def check_first_batch(model: Any, objective: "Direct", batch: "Sequence[Pair]", run: Run) -> None:
+def check_first_batch(model: Any, objective: "Direct", batch: "Sequence[Example]", run: Run) -> None:
     """Its loss is finite and, where there is a reference, that of a policy which is the reference."""
     import torch
+
+    from reward.together import parts
 
     plain = replace(objective, sft_weight=0.0)
     with torch.no_grad():
@@ -232,7 +233,7 @@ def check_first_batch(model: Any, objective: "Direct", batch: "Sequence[Pair]", 
         bad = ", ".join(objective.not_finite)
         raise UserError(f"the loss of the first batch is {loss}; of these tasks it is not finite: {bad}")
     expected = plain.start(batch)
-    if batch[0].reference and abs(loss - expected) > 1e-3 * max(1.0, abs(expected)):
+    if parts(batch)[0].reference and abs(loss - expected) > 1e-3 * max(1.0, abs(expected)):
         raise UserError(
             f"the first batch has loss {loss:.4f}, not {expected:.4f}: policy and reference differ"
         )

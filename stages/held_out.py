@@ -13,14 +13,16 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import TrainerCallback
 
+from reward.batch import Example
 from reward.parallel import summed, wait
+from reward.together import parts
 from reward.tokens import grouped
-from stages.objectives import Direct, Pair
+from stages.objectives import Direct
 from stages.run import Run, is_writer
 
 
 @torch.no_grad()
-def measure(model: Any, objective: Direct, pairs: Sequence[Pair]) -> dict[str, float]:
+def measure(model: Any, objective: Direct, pairs: Sequence[Example]) -> dict[str, float]:
     """The means over `pairs` of the loss and of what training logs beside it."""
     sums: Counter[str] = Counter()
     training = model.training
@@ -41,7 +43,12 @@ class HeldOut(TrainerCallback):
     """
 
     def __init__(
-        self, run: Run, objective: Direct, pairs: Sequence[Pair], patience: int | None, max_kl: float | None
+        self,
+        run: Run,
+        objective: Direct,
+        pairs: Sequence[Example],
+        patience: int | None,
+        max_kl: float | None,
     ):
         self.run, self.objective, self.pairs = run, objective, pairs
         self.patience, self.max_kl = patience, max_kl
@@ -90,7 +97,7 @@ class HeldOut(TrainerCallback):
                 _set(model, last)
             wait()  # until all have read it
             self.best.unlink(missing_ok=True)
-        self.run.record(**found, held_out_pairs=len(self.pairs))
+        self.run.record(**found, held_out_pairs=len(parts(self.pairs)))
         if line := falls(found or self.last):
             self.run.record(chosen_falls=line)
             self.run.say(line)

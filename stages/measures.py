@@ -115,19 +115,13 @@ def measure_reward(path: str, replies: Sequence[Reply]) -> None:
 
 def score_items(path: str, items: Sequence[Item]) -> list[list[float]]:
     """The reward model's scores of every item's completions."""
-    from reward.batch import Example
     from reward.model import load_reward
-    from reward.tokens import completion_ids, prompt_ids, rewards
+    from reward.together import each_once
+    from reward.tokens import encode, rewards
 
     model, tokenizer = load_reward(path)
-    examples = [
-        Example(
-            prompt_ids(tokenizer, item.prompt),
-            tuple(completion_ids(tokenizer, text) for text in item.completions),
-        )
-        for item in items
-    ]
-    return rewards(model, examples)
+    examples = encode(tokenizer, [(item.prompt, item.completions) for item in items])
+    return each_once(examples, lambda distinct: rewards(model, distinct))
 
 
 def win(gold: float | None, against: float | None) -> float | None:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from reward.batch import Example
+from reward.together import of_parts, parts
 from reward.tokens import batch_of, forward
 
 Loss = tuple[Tensor, Tensor]
@@ -166,6 +167,8 @@ LOSSES: dict[str, Callable[..., Loss]] = {
 class Direct:
     """Direct preference optimisation over `Pair`s, each weighing the same, by one of LOSSES.
 
+    Those that share completions may be together in one example (`reward.together`).
+
     `sft_weight` times the mean negative log-likelihood of the best completion's tokens is added.
     """
 
@@ -175,20 +178,21 @@ class Direct:
     not_finite: Counter[str] = field(default_factory=Counter)
     """How often the loss of a task was not a finite number."""
 
-    def weight(self, examples: Sequence[Pair]) -> float:
-        return len(examples)
+    def weight(self, examples: Sequence[Example]) -> float:
+        return len(parts(examples))
 
-    def loss(self, model: nn.Module, examples: Sequence[Pair]) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss(self, model: nn.Module, examples: Sequence[Example]) -> tuple[Tensor, dict[str, Tensor]]:
         logps, _ = forward(model, batch_of(model, examples))
-        x = Judged.of(examples, logps.sum(1))
+        pairs: list[Pair] = parts(examples)
+        x = Judged.of(pairs, of_parts(examples, logps.sum(1)))
         loss, rewards = self.of(x)
         if self.sft_weight:
             loss = loss - self.sft_weight * x.policy[:, 0] / x.lengths[:, 0]
         bad = ~loss.detach().isfinite()
         if bad.any():
-            self.not_finite.update(examples[i].task for i in bad.nonzero().flatten().tolist())
+            self.not_finite.update(pairs[i].task for i in bad.nonzero().flatten().tolist())
         right = (rewards[:, 0] > rewards[:, 1:].amax(1)).float()
-        moved, name = x.ratio.detach(), "_change" if examples[0].reference else ""
+        moved, name = x.ratio.detach(), "_change" if pairs[0].reference else ""
         return loss.sum(), {
             "accuracy": torch.where(x.strength == 0, 0.5, right).sum(),
             "margin": (rewards[:, 0] - rewards[:, 1]).sum(),
@@ -199,9 +203,9 @@ class Direct:
     def of(self, x: Judged) -> Loss:
         return LOSSES[self.name](x, **self.parameters)
 
-    def start(self, examples: Sequence[Pair]) -> float:
+    def start(self, examples: Sequence[Example]) -> float:
         """Mean loss, but for the SFT term, of a policy that is the reference: ln 2 for `sigmoid`."""
-        return float(self.of(Judged.of(examples))[0].mean())
+        return float(self.of(Judged.of(parts(examples)))[0].mean())
 
 
 class NLL:

@@ -121,12 +121,12 @@ def sampled(args: Any, steps: int) -> int:
 
 def rows(policy: Any, tokenizer: Any, records: Sequence[Record], reply: int) -> list[dict[str, Any]]:
     """For each record its messages, which TRL will render, and their token ids."""
-    from reward.tokens import prompt_ids
+    from reward.tokens import prompts_ids
 
     made = []
     limit = getattr(policy.config, "max_position_embeddings", math.inf)
-    for record in records:
-        ids = prompt_ids(tokenizer, record.prompt)
+    prompts = prompts_ids(tokenizer, [record.prompt for record in records])
+    for record, ids in zip(records, prompts, strict=True):
         if len(ids) + reply > limit:
             raise UserError(
                 f"record {record.id}: a prompt of {len(ids)} tokens and a reply of {reply} do not fit "

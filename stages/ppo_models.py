@@ -13,7 +13,7 @@ from reward.batch import Example
 from reward.model import disable_dropout, load_policy, load_tokenizer, without_gradient
 from reward.paths import chosen
 from reward.prefix import Prefix
-from reward.tokens import batch_of, device_of, forward, grouped, logprobs, prompt_ids
+from reward.tokens import batch_of, device_of, forward, grouped, logprobs, prompts_ids
 from stages.errors import UserError
 from stages.ppo_config import PPOConfig
 
@@ -33,11 +33,11 @@ class Prompts:
         limit = getattr(model.config, "max_position_embeddings", None)
         self.prompts: list[Any] = []
         self.tokens: list[list[int]] = []
-        for number, row in enumerate(rows):
+        encoded = _ids(tokenizer, [row.get("prompt") for row in rows])
+        for number, (row, ids) in enumerate(zip(rows, encoded, strict=True)):
             where = f"row {number} of the dataset" + (f" (id {row['id']})" if "id" in row else "")
             if not row.get("prompt"):
                 raise UserError(f"{where} has no prompt: give it text or messages")
-            ids = _ids(tokenizer, row["prompt"])
             if limit is not None and len(ids) + reply > limit:
                 raise UserError(
                     f"{where}: {len(ids)} tokens and {reply} for the reply exceed the "
@@ -50,10 +50,15 @@ class Prompts:
         self.ids = [str(row.get("id", number)) for number, row in enumerate(rows)]
 
 
-def _ids(tokenizer: Any, prompt: Any) -> list[int]:
-    if isinstance(prompt, str):
-        return list(tokenizer(prompt)["input_ids"])
-    return prompt_ids(tokenizer, [Message(role=m["role"], content=m["content"]) for m in prompt])
+def _ids(tokenizer: Any, prompts: Sequence[Any]) -> list[list[int]]:
+    """Of texts and of messages; none where there is no prompt."""
+    chats = [[Message(role=m["role"], content=m["content"]) for m in p] for p in prompts if _is_chat(p)]
+    of_chats = iter(prompts_ids(tokenizer, chats))
+    return [next(of_chats) if _is_chat(p) else list(tokenizer(p)["input_ids"]) if p else [] for p in prompts]
+
+
+def _is_chat(prompt: Any) -> bool:
+    return bool(prompt) and not isinstance(prompt, str)
 
 
 class Reference:

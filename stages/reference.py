@@ -20,6 +20,7 @@ import torch
 from reward.batch import Example
 from reward.parallel import once
 from reward.paths import choose
+from reward.together import each_once
 from reward.tokens import device_of, logprobs
 from stages.config import UserError
 from stages.run import Run, is_writer, runs_root
@@ -38,19 +39,24 @@ def reference_logps(
     values = once(lambda: _load(path, sum(sizes))) if cached else None
     if values is None:
         with run.progress("reference log-probabilities", total=1, unit="passes") as bar:
-            choose(model, examples)
-            values = numpy.array([sum(row) for rows in logprobs(model, examples) for row in rows])
+            found = each_once(examples, lambda distinct: _logps(model, distinct))
+            values = numpy.array([value for of_example in found for value in of_example])
             bar.advance(1)
         before = run.manifest.metrics.get("reference_computed", 0)
         run.record(reference_computed=before + len(values))
         if cached and is_writer() and numpy.isfinite(values).all():
             _store(path, values)
     ends = numpy.cumsum(sizes)
-    found = [tuple(part.tolist()) for part in numpy.split(values, ends[:-1])]
-    for task, logps in zip(tasks, found, strict=True):
+    of_examples = [tuple(part.tolist()) for part in numpy.split(values, ends[:-1])]
+    for task, logps in zip(tasks, of_examples, strict=True):
         if not numpy.isfinite(logps).all():
             raise UserError(f"task {task}: its replies have log-probabilities {logps} under the reference")
-    return found
+    return of_examples
+
+
+def _logps(model: Any, examples: Sequence[Example]) -> list[list[float]]:
+    choose(model, examples)
+    return [[sum(tokens) for tokens in rows] for rows in logprobs(model, examples)]
 
 
 def _key(model: Any, policy: str, examples: Sequence[Example]) -> str:

@@ -13,6 +13,7 @@ stands beside two trivial judges: "longer wins" and a bag of words.
 
 from collections.abc import Sequence
 from itertools import groupby
+from operator import itemgetter
 from typing import TYPE_CHECKING, Annotated, Any
 
 from annotate.records import Judgement, read
@@ -40,6 +41,7 @@ def main(config: Config, run: Run) -> None:
     from reward.losses import PreferenceLikelihood
     from reward.model import load_reward, new_reward_model, save
     from reward.parallel import wait
+    from reward.together import together
     from stages.engine import Engine, Epochs, Reporting, arguments, train
 
     judgements = read(config.judgements, Judgement)
@@ -51,10 +53,9 @@ def main(config: Config, run: Run) -> None:
 
     args = arguments(run, config.trainer, learning_rate=3e-4, lr_scheduler_type="cosine")
     objective = PreferenceLikelihood(model, examples)
-    engine = Engine(
-        model, args, objective, Epochs(examples, args), [Reporting(run, "reward model", ("loss", "accuracy"))]
-    )
-    train(engine, run)
+    steps = Epochs(together(examples), args)
+    reporting = Reporting(run, "reward model", ("loss", "accuracy"))
+    train(Engine(model, args, objective, steps, [reporting]), run)
 
     facts = {"thresholds": objective.detach(model), "labelled_by": who(train_rows)}
     save(model, tokenizer, run.output("model"))
@@ -93,20 +94,15 @@ def usable(
 ) -> "tuple[list[Comparison], dict[str, list[str]]]":
     """(the pairs that can be learned from, the tasks of the others by what is wrong with them)."""
     from reward.losses import Comparison, count_preferences
-    from reward.tokens import completion_ids, prompt_ids
+    from reward.tokens import encode
 
     examples = []
     faults: dict[str, list[str]] = {name: [] for name in FAULTS}
-    rows = sorted(in_pairs(judgements), key=lambda j: j.task)
-    for task, group in groupby(rows, key=lambda j: j.task):
-        of_pair = list(group)
-        first = of_pair[0]
-        example = Comparison(
-            prompt_ids(tokenizer, first.prompt),
-            tuple(completion_ids(tokenizer, text) for text in first.completions),
-            count_preferences(of_pair),
-            task,
-        )
+    rows = sorted(((j.task, j) for j in in_pairs(judgements)), key=itemgetter(0))
+    groups = [(task, [j for _, j in group]) for task, group in groupby(rows, key=itemgetter(0))]
+    encoded = encode(tokenizer, [(of_pair[0].prompt, of_pair[0].completions) for _, of_pair in groups])
+    for (task, of_pair), ids in zip(groups, encoded, strict=True):
+        example = Comparison(ids.prompt, ids.completions, count_preferences(of_pair), task)
         wrong = fault(example, limit) if sum(example.counts) else "no_verdict"
         if wrong:
             faults[wrong].append(task)
@@ -174,18 +170,14 @@ def score_differences(
     model: Any, tokenizer: Any, judgements: Sequence[Judgement], limit: int
 ) -> list[float | None]:
     """Score of the first completion minus that of the second; None where the model cannot hold the pair."""
-    from reward.batch import Example
-    from reward.tokens import completion_ids, prompt_ids, rewards
+    from reward.together import each_once
+    from reward.tokens import encode, rewards
 
-    examples = [
-        Example(
-            prompt_ids(tokenizer, j.prompt), tuple(completion_ids(tokenizer, t) for t in j.completions[:2])
-        )
-        for j in judgements
-    ]
+    examples = encode(tokenizer, [(j.prompt, j.completions[:2]) for j in judgements])
     fits = [i for i, example in enumerate(examples) if example.length <= limit]
     differences: list[float | None] = [None] * len(examples)
-    for i, (first, second) in zip(fits, rewards(model, [examples[i] for i in fits]), strict=True):
+    found = each_once([examples[i] for i in fits], lambda distinct: rewards(model, distinct))
+    for i, (first, second) in zip(fits, found, strict=True):
         differences[i] = first - second
     return differences
 

@@ -6,12 +6,14 @@ Reads    policy             the model that answers
          prompts            records; those of use `preference` are answered
          reward             a reward model, of a round before: the items it is least sure about come first
 Writes   completions.jsonl  every reply with its token ids and log-probabilities
-         items.jsonl        a prompt and its distinct replies, to judge
+         items.jsonl        a prompt and its distinct replies, or so many of them, to judge
 """
 
 from collections.abc import Sequence
-from itertools import groupby
-from typing import Annotated
+from itertools import combinations, groupby
+from typing import Annotated, Self
+
+from pydantic import Field, model_validator
 
 from annotate.records import Completion, Item, Record, read, write
 from stages.config import InKeyIfSet, Model, Reads, Records, StageConfig, UserError
@@ -28,23 +30,34 @@ class Config(StageConfig):
     held_out: int = 200
     """How many of validation and test together; the reward model is measured on them."""
     completions: int = 2
+    """How many replies to each prompt."""
+    per_item: Annotated[int | None, Field(ge=2), InKeyIfSet()] = None
+    """How many of them an item shows: every such choice of a prompt's distinct replies is one. None: all."""
     max_new_tokens: int = 96
     temperature: float = 1.0
     reward: Annotated[str | None, Reads("model"), InKeyIfSet()] = None
     """A reward model. People then judge first the items whose replies it scores most alike; None: by draw."""
 
+    @model_validator(mode="after")
+    def _enough_for_an_item(self) -> Self:
+        if self.per_item is not None and self.per_item > self.completions:
+            raise ValueError(
+                f"per_item {self.per_item}: there are {self.completions} completions to choose from"
+            )
+        return self
+
 
 def main(config: Config, run: Run) -> None:
     from reward.model import load_policy
     from reward.sampler import Sampler
-    from reward.tokens import prompt_ids
+    from reward.tokens import prompts_ids
     from stages.measures import score_items
 
     records = choose(read(config.prompts, Record), config)
     model, tokenizer = load_policy(config.policy)
     sampler = Sampler(model, tokenizer, config.max_new_tokens, config.temperature)
     jobs = [(record, k) for record in records for k in range(config.completions)]
-    prompts = [prompt_ids(tokenizer, record.prompt) for record, _ in jobs]
+    prompts = prompts_ids(tokenizer, [record.prompt for record, _ in jobs])
     with run.progress("sampling", total=len(jobs), unit="replies") as bar:
         samples = sampler.sample(prompts, [f"{run.seed}/sample/{r.id}/{k}" for r, k in jobs], bar)
 
@@ -60,7 +73,7 @@ def main(config: Config, run: Run) -> None:
         )
         for (record, _), sample in zip(jobs, samples, strict=True)
     ]
-    items = to_items(completions)
+    items = to_items(completions, config.per_item)
     if config.reward is not None:
         del model, sampler  # one model at a time is in memory
         items = prioritised(items, score_items(config.reward, items))
@@ -69,7 +82,7 @@ def main(config: Config, run: Run) -> None:
     run.record(
         prompts=len(records),
         items=len(items),
-        identical_replies=len(records) - len(items),
+        identical_replies=len(records) - len({item.id for item in items}),
         self_stopping=sum(c.stopped for c in completions) / len(completions),
     )
 
@@ -84,15 +97,20 @@ def choose(records: Sequence[Record], config: Config) -> list[Record]:
     return train + held_out
 
 
-def to_items(completions: Sequence[Completion]) -> list[Item]:
-    """One item for each prompt, of its distinct replies in the order sampled; none where several are one."""
+def to_items(completions: Sequence[Completion], per_item: int | None = None) -> list[Item]:
+    """Every choice of `per_item` of a prompt's distinct replies, in the order sampled, or all in one item.
+
+    None where there are fewer, nor where several are one.
+    """
     items = []
     for _, group in groupby(completions, key=lambda c: c.id):
         replies = list(group)
         distinct = list(dict.fromkeys(reply.completion for reply in replies))
-        if len(distinct) > 1 or len(replies) == 1:
-            shared = replies[0].model_dump(include={"id", "split", "use", "prompt", "facts"})
-            items.append(Item(**shared, completions=distinct, policies=[replies[0].policy] * len(distinct)))
+        if len(distinct) == 1 < len(replies):
+            continue
+        shared = replies[0].model_dump(include={"id", "split", "use", "prompt", "facts"})
+        for chosen in combinations(distinct, per_item or len(distinct)):
+            items.append(Item(**shared, completions=list(chosen), policies=[replies[0].policy] * len(chosen)))
     return items
 
 

@@ -53,14 +53,11 @@ def main(config: Config, run: Run) -> None:
 
 def demonstrations(tokenizer: Any, records: Sequence[Record], limit: int, run: Run) -> "list[Example]":
     """An example of every demonstration that fits, ending in the stop token; counts the others."""
-    from reward.batch import Example
-    from reward.tokens import completion_ids, prompt_ids
+    from reward.tokens import encode
 
     examples, long = [], []
-    for record in records:
-        example = Example(
-            prompt_ids(tokenizer, record.prompt), (completion_ids(tokenizer, record.completion or ""),)
-        )
+    encoded = encode(tokenizer, [(record.prompt, [record.completion or ""]) for record in records])
+    for record, example in zip(records, encoded, strict=True):
         if example.length > limit:
             long.append(record.id)
             continue
@@ -87,10 +84,10 @@ def demonstrations(tokenizer: Any, records: Sequence[Record], limit: int, run: R
 def measure_stopping(model: Any, tokenizer: Any, records: Sequence[Record], limit: int, run: Run) -> None:
     """Share of 32 sampled replies that end by themselves."""
     from reward.sampler import Sampler
-    from reward.tokens import prompt_ids
+    from reward.tokens import prompts_ids
 
     chosen = [records[i * len(records) // 32] for i in range(32)]
-    prompts = [prompt_ids(tokenizer, record.prompt) for record in chosen]
+    prompts = prompts_ids(tokenizer, [record.prompt for record in chosen])
     room = getattr(model.config, "max_position_embeddings", 10**9) - limit
     fits = [prompt for prompt in prompts if len(prompt) <= room]
     keys = [f"{run.seed}/sft/{i}" for i in range(len(fits))]

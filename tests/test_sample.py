@@ -1,5 +1,7 @@
 """Sample stage: which prompts, which replies, and what an item is made of."""
 
+from itertools import combinations
+
 import pytest
 
 from annotate.records import Completion, Item, read
@@ -91,6 +93,25 @@ def test_identical_replies_make_no_item():
         for text in ("same", "same")
     ]
     assert sample.to_items(replies) == []
+
+
+def test_every_choice_of_so_many_replies_is_an_item(tmp_path, policy):
+    run = stage(tmp_path, policy, rows(), completions=3, per_item=2)
+    items = read(run.path / "items.jsonl", Item)
+    sampled = {}
+    for completion in read(run.path / "completions.jsonl", Completion):
+        sampled.setdefault(completion.id, []).append(completion.completion)
+    expected = [
+        (id_, list(pair)) for id_, texts in sampled.items() for pair in combinations(dict.fromkeys(texts), 2)
+    ]
+    assert [(item.id, item.completions) for item in items] == expected
+    assert len(items) > run.manifest.metrics["prompts"] == 11
+    assert run.manifest.metrics["identical_replies"] == 11 - len({item.id for item in items})
+
+
+def test_an_item_cannot_show_more_replies_than_there_are(policy):
+    with pytest.raises(ValueError, match="per_item 3: there are 2 completions to choose from"):
+        sample.Config(policy=policy, prompts="records.jsonl", per_item=3)
 
 
 def test_no_prompt_to_answer(tmp_path, policy):

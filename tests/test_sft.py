@@ -133,7 +133,8 @@ def test_nothing_to_train_on(tmp_path, folders):
 
 
 def test_a_row_that_does_not_end_in_the_stop_token_is_noticed(tmp_path, folders, monkeypatch):
-    monkeypatch.setattr("reward.tokens.completion_ids", lambda tokenizer, text: tokenizer(text)["input_ids"])
+    without_end = lambda tokenizer, texts: tokenizer(list(texts))["input_ids"]  # noqa: E731
+    monkeypatch.setattr("reward.tokens.completions_ids", without_end)
     with pytest.raises(UserError, match="does not end in the stop token"):
         stage(tmp_path / "run", folders["llama"])
 
