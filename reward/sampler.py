@@ -95,11 +95,12 @@ class Sampler:
         alive = list(range(len(prompts)))  # which prompt each row of the cache belongs to
         value_head = getattr(self.model, "value_head", None)
         with HeadInput(self.model, wanted=value_head is not None) as hidden:
-            for step, logits in enumerate(self._decode(prompts, samples, stopped, alive)):
+            for step, (logits, of) in enumerate(self._decode(prompts, samples, stopped, alive)):
                 chosen, logps = draw(
-                    logits.float() / self.temperature, uniforms[alive, step].to(logits.device)
+                    logits[of].float() / self.temperature, uniforms[alive, step].to(logits.device)
                 )
-                values = value_head(hidden.states[:, -1].float()).squeeze(-1).tolist() if value_head else None
+                states = hidden.states[:, -1][of].float() if value_head else None
+                values = value_head(states).squeeze(-1).tolist() if value_head else None
                 for i, (token, logp) in enumerate(zip(chosen.tolist(), logps.tolist(), strict=True)):
                     row = alive[i]
                     if not stopped[row]:
@@ -112,12 +113,15 @@ class Sampler:
 
     def _decode(
         self, prompts: list[list[int]], samples: list[Sample], stopped: list[bool], alive: list[int]
-    ) -> Iterator[Tensor]:
-        """Logits of the next token, (rows alive, V), step after step; finished rows leave the cache.
+    ) -> Iterator[tuple[Tensor, Any]]:
+        """Logits (R, V) of the next token, step after step, and the row of each prompt that is still alive.
 
-        The caller appends to the samples and sets `stopped` between steps; `alive` is kept up to date here.
+        A prompt that comes several times is read once; finished rows leave the cache. The caller appends to
+        the samples and sets `stopped` between steps; `alive` is kept up to date here.
         """
-        ids, mask = _left_pad(prompts, pad_id(self.model), device_of(self.model))
+        distinct = {prompt: row for row, prompt in enumerate(dict.fromkeys(map(tuple, prompts)))}
+        ids, mask = _left_pad(list(map(list, distinct)), pad_id(self.model), device_of(self.model))
+        row_of = torch.tensor([distinct[tuple(prompt)] for prompt in prompts], device=mask.device)
         cache: Any = None
         for _ in range(self.max_new_tokens):
             output = self.model(
@@ -128,9 +132,13 @@ class Sampler:
                 use_cache=True,
                 logits_to_keep=1,
             )
+            of: Any = slice(None)
             if cache is None:
                 cache = _with_room(output.past_key_values)
-            yield output.logits[:, -1]
+                if len(distinct) < len(prompts):
+                    of, mask = row_of, mask[row_of]
+                    cache.batch_select_indices(row_of)
+            yield output.logits[:, -1], of
             if all(stopped):
                 return
             # A copy of the cache costs about as much as a step: worth it once a fifth of the rows are done.

@@ -102,6 +102,31 @@ def test_draws_do_not_depend_on_who_shares_the_batch(policy):
         assert one.logprobs == pytest.approx(other.logprobs, abs=1e-5)
 
 
+@pytest.mark.parametrize("with_values", [False, True])
+def test_a_prompt_that_comes_several_times_is_read_once(policy, with_values):
+    model, tokenizer = policy
+    prompts, keys = [p for p in PROMPTS for _ in range(3)], [f"{k}/{i}" for k in KEYS for i in range(3)]
+    read: list[tuple[int, ...]] = []
+    hook = model.register_forward_pre_hook(
+        lambda module, args, given: read.append(tuple(given["input_ids"].shape)), with_kwargs=True
+    )
+    if with_values:
+        model.value_head = torch.nn.Linear(model.config.hidden_size, 1)
+    try:
+        sampler = Sampler(model, tokenizer, 20)
+        together = sampler.sample(prompts, keys)
+        assert read[:2] == [(len(set(map(tuple, PROMPTS))), max(map(len, PROMPTS))), (len(prompts), 1)]
+        alone = [sampler.sample([p], [k])[0] for p, k in zip(prompts, keys, strict=True)]
+    finally:
+        hook.remove()
+        if with_values:
+            del model.value_head
+    assert tokens(together) == tokens(alone)
+    for one, other in zip(together, alone, strict=True):
+        assert one.logprobs == pytest.approx(other.logprobs, abs=1e-5)
+        assert one.values == pytest.approx(other.values, abs=1e-5) and bool(one.values) == with_values
+
+
 def test_room_in_the_cache_changes_no_bit(policy, monkeypatch):
     model, tokenizer = policy
     monkeypatch.setattr("reward.sampler.ROOM", 3)
