@@ -8,8 +8,10 @@ Reads    policy       where training starts; the same weights, frozen, are the r
                       but for the objective `ties`; `plackett_luce` also takes rankings of more
 Writes   model/       the optimised policy; adapters, if any, are merged into it
 
-stages/objectives.md says what each objective is and when to choose it. The reference's log-probabilities are
-computed once. The first batch must then have the loss of a policy that is its reference (ln 2 for `sigmoid`).
+stages/objectives.md says what each objective is and when to choose it. Pairs of one prompt that share replies
+are one example of a batch (reward/together.py), in which each weighs the same. The reference's
+log-probabilities are computed once. The first batch must then have the loss of a policy that is its reference
+(ln 2 for `sigmoid`).
 Pairs of validation and test are measured every `trainer.eval_steps` steps (100 unless set) and at the end.
 """
 
@@ -33,7 +35,7 @@ if TYPE_CHECKING:
     from reward.losses import Comparison
     from stages.objectives import Direct, Pair
 
-VERSION = 2
+VERSION = 3
 
 PARAMETERS = {
     "sigmoid": {"beta": 0.1, "label_smoothing": 0.0, "margin": 0.0},

@@ -6,9 +6,11 @@ Reads    policy       whose trunk and tokenizer it starts from, usually the SFT 
          judgements   comparisons of two replies; ties and strength count (see reward/losses.py)
 Writes   model/       a sequence-classification model with one label, for `from_pretrained`
 
-Comparisons of the training split train it, those of validation and test measure it. It reads token ids, the
-stop token included; the reward is the mean of the head over the reply (`reward.tokens.scores`). Its accuracy
-stands beside two trivial judges: "longer wins" and a bag of words.
+Comparisons of the training split train it, those of validation and test measure it. Those of one prompt that
+share replies are one example of a batch (reward/together.py): of four replies in six pairs each is read once,
+and `per_device_train_batch_size` counts such prompts. The model reads token ids, the stop token included; the
+reward is the mean of the head over the reply (`reward.tokens.scores`). Its accuracy stands beside two trivial
+judges: "longer wins" and a bag of words.
 """
 
 from collections.abc import Sequence
@@ -24,7 +26,7 @@ if TYPE_CHECKING:
     from reward.batch import Example
     from reward.losses import Comparison
 
-VERSION = 2
+VERSION = 3
 
 FAULTS = ("too_long", "prompt_too_long", "identical", "no_verdict", "not_a_pair")
 
