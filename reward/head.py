@@ -1,10 +1,11 @@
-"""Log-probabilities from the states below a language model's head, with one tensor of its logits or none."""
+"""Log-probabilities from the states below a language model's head, with one tensor of its logits or none; and
+those states."""
 
 from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 LARGE = 2**24
 """Logits, N x V of a forward pass, up to which they are kept for backward, and above made once more."""
@@ -95,3 +96,24 @@ def _chunks(
         torch.addmm(added, states[rows], weight.T, beta=share, alpha=1 / temperature, out=product[:n])
         of_rows = kept[rows] if buffer is None else buffer[:n]  # type: ignore[index]
         yield rows, torch.log_softmax(product[:n], 1, dtype=torch.float32, out=of_rows)
+
+
+class HeadInput:
+    """Catches what the language-model head is given, which is what a value head on the same trunk reads."""
+
+    def __init__(self, model: nn.Module, wanted: bool):
+        self.wanted, self.model = wanted, model
+        self.states = torch.empty(0)
+
+    def __enter__(self) -> "HeadInput":
+        if self.wanted:
+            head: nn.Module = self.model.get_output_embeddings()  # type: ignore[operator]
+            self.hook = head.register_forward_pre_hook(lambda _, inputs: self._keep(inputs[0]))
+        return self
+
+    def _keep(self, states: Tensor) -> None:
+        self.states = states
+
+    def __exit__(self, *error: object) -> None:
+        if self.wanted:
+            self.hook.remove()

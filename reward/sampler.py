@@ -17,8 +17,9 @@ from transformers import PreTrainedTokenizerBase
 from transformers.cache_utils import DynamicLayer
 
 from annotate.records import DataError
+from reward.head import HeadInput
 from reward.parallel import place, shared
-from reward.tokens import HeadInput, device_of, pad_id
+from reward.tokens import device_of, pad_id
 
 
 @dataclass(frozen=True)

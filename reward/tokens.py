@@ -11,12 +11,13 @@ from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
+from jinja2 import TemplateError
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from annotate.records import Message
+from annotate.records import DataError, Message, prompt_id
 from reward.batch import Batch, Example, micro_batches
-from reward.head import head_logprobs
+from reward.head import HeadInput, head_logprobs
 from reward.last_layer import reading
 from reward.padding_free import attending
 from reward.parallel import shared
@@ -59,18 +60,33 @@ def prompts_ids(
     """Each as the chat template renders it, up to where the assistant begins to speak.
 
     One call for all, and for a conversation that comes again: alone, each costs more than its tokens.
+    DataError where the template refuses one (some know no system message), with its id.
     """
     distinct = list(dict.fromkeys(map(tuple, conversations)))
-    if not distinct:
-        return []
+    try:
+        ids = _rendered(tokenizer, distinct) if distinct else []
+    except TemplateError:
+        for messages in distinct:
+            try:
+                _rendered(tokenizer, [messages])
+            except TemplateError as error:
+                raise DataError(
+                    f"prompt {prompt_id(messages)}: the chat template refuses it ({error}); "
+                    "change its messages, or give the tokenizer another template"
+                ) from None
+        raise
+    known = dict(zip(distinct, ids, strict=True))
+    return [known[tuple(messages)] for messages in conversations]
+
+
+def _rendered(tokenizer: Any, conversations: Sequence[Sequence[Message]]) -> list[list[int]]:
     ids: list[list[int]] = tokenizer.apply_chat_template(
-        [[message.model_dump() for message in messages] for messages in distinct],
+        [[message.model_dump() for message in messages] for messages in conversations],
         add_generation_prompt=True,
         tokenize=True,
         return_dict=False,
     )
-    known = dict(zip(distinct, ids, strict=True))
-    return [known[tuple(messages)] for messages in conversations]
+    return ids
 
 
 def completions_ids(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
@@ -272,24 +288,3 @@ def device_of(model: nn.Module) -> torch.device:
 
 def _rows(values: Tensor, mask: Tensor) -> list[list[float]]:
     return [row[keep].tolist() for row, keep in zip(values, mask, strict=True)]
-
-
-class HeadInput:
-    """Catches what the language-model head is given, which is what a value head on the same trunk reads."""
-
-    def __init__(self, model: nn.Module, wanted: bool):
-        self.wanted, self.model = wanted, model
-        self.states = torch.empty(0)
-
-    def __enter__(self) -> "HeadInput":
-        if self.wanted:
-            head: nn.Module = self.model.get_output_embeddings()  # type: ignore[operator]
-            self.hook = head.register_forward_pre_hook(lambda _, inputs: self._keep(inputs[0]))
-        return self
-
-    def _keep(self, states: Tensor) -> None:
-        self.states = states
-
-    def __exit__(self, *error: object) -> None:
-        if self.wanted:
-            self.hook.remove()

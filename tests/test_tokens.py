@@ -7,16 +7,18 @@ from hypothesis import strategies as st
 from tokenizers.processors import TemplateProcessing
 from torch import nn
 
-from annotate.records import Message
+from annotate.records import DataError, Message, prompt_id
 from reward.batch import Batch, Example, micro_batches
 from reward.model import load_policy, load_reward, load_tokenizer, new_reward_model, save
 from reward.tokens import (
     batch_of,
     completion_ids,
+    encode,
     forward,
     logprobs,
     logprobs_and_values,
     prompt_ids,
+    prompts_ids,
     rewards,
     scores,
 )
@@ -207,6 +209,30 @@ def test_no_bos_is_doubled_where_the_tokenizer_adds_one_itself(tmp_path):
     assert tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id and "chat template added" in notes
     ids = prompt_ids(tokenizer, MESSAGES) + completion_ids(tokenizer, "Sorry.")
     assert ids[0] == tokenizer.bos_token_id and ids.count(tokenizer.bos_token_id) == 1
+
+
+def test_a_conversation_that_the_template_refuses_is_named(tmp_path):
+    tokenizer, _ = load_tokenizer(tiny.save_folder(tmp_path, "llama"))
+    tokenizer.chat_template = (
+        "{% if messages[0].role == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}a"
+    )
+    plain = [Message(role="user", content="Hm?")]
+    system = [Message(role="system", content="Be brief."), *plain]
+    assert prompts_ids(tokenizer, [plain, plain]) == 2 * [prompt_ids(tokenizer, plain)]
+    said = f"prompt {prompt_id(system)}: the chat template refuses it .System role not supported"
+    with pytest.raises(DataError, match=said):
+        prompts_ids(tokenizer, [plain, system])
+
+
+def test_a_row_is_encoded_as_its_parts_are(tmp_path):
+    tokenizer, _ = load_tokenizer(tiny.save_folder(tmp_path, "llama"))
+    other = [Message(role="user", content="Hm?")]
+    rows = [(MESSAGES, ["Yes.", "No."]), (other, ["No."]), (MESSAGES, [""])]
+    expected = [
+        Example(prompt_ids(tokenizer, prompt), tuple(completion_ids(tokenizer, text) for text in texts))
+        for prompt, texts in rows
+    ]
+    assert encode(tokenizer, rows) == expected and encode(tokenizer, []) == []
 
 
 def test_a_saved_reward_model_scores_the_same(reward_model, tmp_path):
