@@ -7,10 +7,12 @@ would come back to it K - 1 times a pass and learn it by heart.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import chain
 from typing import Any, Generic, TypeVar
 
+import numpy
 import torch
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
 from torch import Tensor
 
 from reward.batch import Example
@@ -28,13 +30,18 @@ class Together(Example, Generic[E]):
 
 def together(examples: Sequence[E]) -> list[E | Together[E]]:
     """The examples, those that completions of one prompt link made one; in order of their first part."""
-    of_prompts: dict[tuple[int, ...], list[list[int]]] = {}
-    for number, example in enumerate(examples):
-        groups = of_prompts.setdefault(tuple(example.prompt), [])
-        own = _distinct([example]).keys()
-        linked = [group for group in groups if own & _distinct([examples[i] for i in group]).keys()]
-        groups[:] = [g for g in groups if g not in linked] + [sorted([number, *chain.from_iterable(linked)])]
-    return [_made_one([examples[i] for i in group]) for group in sorted(chain(*of_prompts.values()))]
+    places: dict[tuple[tuple[int, ...], tuple[int, ...]], int] = {}
+    links = [
+        (number, len(examples) + places.setdefault((tuple(example.prompt), tuple(completion)), len(places)))
+        for number, example in enumerate(examples)
+        for completion in example.completions
+    ]
+    size = len(examples) + len(places)
+    graph = coo_array((numpy.ones(len(links)), tuple(zip(*links, strict=True)) or ((), ())), (size, size))
+    groups: dict[int, list[E]] = {}
+    for example, group in zip(examples, connected_components(graph, directed=False)[1], strict=False):
+        groups.setdefault(int(group), []).append(example)
+    return [_made_one(group) for group in groups.values()]
 
 
 def _made_one(group: list[E]) -> E | Together[E]:

@@ -39,6 +39,10 @@ def test_pairs_that_completions_link_are_one_example():
     assert [part.task for part in parts([other, group])] == ["other", "01", "23", "12", "03"]
 
 
+def test_nothing_together_is_nothing():
+    assert together([]) == []
+
+
 def test_pairs_of_one_prompt_that_share_nothing_stay_apart():
     apart = [Comparison([5], (REPLIES[i], REPLIES[i + 1]), COUNTS[0]) for i in (0, 2)]
     assert together(apart) == apart
