@@ -27,7 +27,7 @@ def choose(model: Any, examples: Sequence[Example]) -> Path:
     """
     tried = sorted(examples, key=lambda example: example.length)[-2:]
     several = any(len(example.completions) > 1 for example in tried)
-    training = model.training
+    training, wrapped = model.training, model.__dict__.pop("forward", None)
     model.eval()
     shares, why = False, "one completion a prompt"
     if several:
@@ -37,6 +37,8 @@ def choose(model: Any, examples: Sequence[Example]) -> Path:
     name, _ = layers_of(trunk(model)) or ("", None)
     alone, why_whole = attempt(lambda: _last_layer_error(model, tried, shares, padding_free, name))
     model.train(training)
+    if wrapped is not None:  # a Trainer's, in mixed precision, which rounds more than the shortcuts differ
+        model.forward = wrapped
     path = Path(shares, head, padding_free, name if alone else "", (why, why_padding, why_not, why_whole))
     model.path = path
     return path

@@ -80,11 +80,9 @@ def prompts_ids(
 
 
 def _rendered(tokenizer: Any, conversations: Sequence[Sequence[Message]]) -> list[list[int]]:
+    chats = [[message.model_dump() for message in messages] for messages in conversations]
     ids: list[list[int]] = tokenizer.apply_chat_template(
-        [[message.model_dump() for message in messages] for messages in conversations],
-        add_generation_prompt=True,
-        tokenize=True,
-        return_dict=False,
+        chats, add_generation_prompt=True, tokenize=True, return_dict=False
     )
     return ids
 
@@ -116,32 +114,39 @@ def forward(model: nn.Module, batch: Batch, temperature: float = 1.0) -> tuple[T
     as in the distribution that was sampled from; by `reward.head` where the model's head is known to be a
     plain product (`reward.paths`).
     """
-    path: Path = getattr(model, "path", Path())
     value_head = getattr(model, "value_head", None)
-    if path.head:
-        states = states_at(model, batch, batch.predicts)
-        head: Any = model.get_output_embeddings()  # type: ignore[operator]
-        logps = head_logprobs(states, head.weight, batch.targets, temperature, head.bias)
-    else:
-        with (
-            HeadInput(model, wanted=value_head is not None) as hidden,
-            read_at(model, batch.predicts) as read,
-        ):
-            logits = run(model, batch, logits_to_keep=read).logits
-        logits, states = logits.float(), hidden.states
-        if temperature != 1.0:  # a division by 1 would still be a pass over the largest tensor there is
-            logits = logits / temperature
-        logps = -F.cross_entropy(logits, batch.targets, reduction="none")
+    with precision_of(model):
+        logps, states = _predicted(model, batch, temperature, with_states=value_head is not None)
     if (value_model := getattr(model, "value_model", None)) is not None:
         return batch.pad(logps), state_values(value_model, batch)
     values = None if value_head is None else batch.pad(value_head(states.float()).squeeze(-1))
     return batch.pad(logps), values
 
 
+def _predicted(model: Any, batch: Batch, temperature: float, with_states: bool) -> tuple[Tensor, Tensor]:
+    """(N,) fp32 log-probabilities of the completion tokens, and (N, d) the states that they are read from."""
+    path: Path = getattr(model, "path", Path())
+    if path.head:
+        states = states_at(model, batch, batch.predicts)
+        head = model.get_output_embeddings()
+        return head_logprobs(states, head.weight, batch.targets, temperature, head.bias), states
+    with HeadInput(model, wanted=with_states) as hidden, read_at(model, batch.predicts) as read:
+        logits = run(model, batch, logits_to_keep=read).logits
+    logits = logits.float()
+    if temperature != 1.0:  # a division by 1 would still be a pass over the largest tensor there is
+        logits = logits / temperature
+    return -F.cross_entropy(logits, batch.targets, reduction="none"), hidden.states
+
+
+def precision_of(model: Any) -> AbstractContextManager[Any]:
+    """Around a pass: autocast to what its Trainer's `bf16` or `fp16` asks for (`stages.engine` notes it)."""
+    dtype = getattr(model, "mixed_precision", None)
+    return nullcontext() if dtype is None else torch.autocast(device_of(model).type, dtype)
+
+
 def state_values(model: Any, batch: Batch) -> Tensor:
     """(K, C) fp32 values of the states before each completion token, by a sequence-classification model."""
-    states = states_at(model, batch, batch.predicts)
-    return batch.pad(model.score(states).float().squeeze(-1))
+    return batch.pad(_scores_at(model, batch, batch.predicts))
 
 
 def scores(model: Any, batch: Batch) -> Tensor:
@@ -154,14 +159,19 @@ def scores(model: Any, batch: Batch) -> Tensor:
     """
     tokens = batch.predicts.roll(1, dims=1)
     if getattr(model.config, "reward_reads", "last") == "reply":
-        at_token = batch.pad(model.score(states_at(model, batch, tokens)).float().squeeze(-1))
-        mean: Tensor = at_token.sum(1) / batch.mask.sum(1).clamp(min=1)
-        return mean
+        at_token = batch.pad(_scores_at(model, batch, tokens))
+        return at_token.sum(1) / batch.mask.sum(1).clamp(min=1)
     lasts = (batch.mask & ~F.pad(batch.mask[:, 1:], (0, 1)))[batch.mask]
     ends = tokens.masked_scatter(tokens, lasts)
-    found = model.score(states_at(model, batch, ends)).float().squeeze(-1)
-    of_ends: Tensor = found.new_zeros(len(batch.mask)).masked_scatter(batch.mask.any(1), found)
-    return of_ends
+    found = _scores_at(model, batch, ends)
+    return found.new_zeros(len(batch.mask)).masked_scatter(batch.mask.any(1), found)
+
+
+def _scores_at(model: Any, batch: Batch, at: Tensor) -> Tensor:
+    """(N,) fp32 of a sequence-classification model's head, where `at` (R, T) bool is true."""
+    with precision_of(model):
+        found: Tensor = model.score(states_at(model, batch, at))
+    return found.float().squeeze(-1)
 
 
 def states_at(model: Any, batch: Batch, at: Tensor) -> Tensor:

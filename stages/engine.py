@@ -99,6 +99,9 @@ class Engine(Trainer):
         args.max_grad_norm = args.max_grad_norm or math.inf  # without clipping the norm is still looked at
         _keep_freed_memory()
         super().__init__(model=model, args=args, callbacks=callbacks, **trainer)
+        for part in (model, getattr(model, "value_model", None)):
+            if part is not None:  # the Trainer would wrap `forward` alone, and our passes run the trunk
+                part.mixed_precision = _MIXED.get(self.accelerator.mixed_precision)
         if isinstance(steps, Epochs):
             choose(model, steps.examples)
         self.objective, self.steps = objective, steps
@@ -120,7 +123,7 @@ class Engine(Trainer):
         weight, found = self.objective.weight(inputs), 0.0
         mine = _my_share(inputs)
         for group in grouped(self.model, mine, self.max_tokens):
-            with self.accelerator.autocast():
+            with self.compute_loss_context_manager():
                 loss, metrics = self.objective.loss(self.model, [mine[i] for i in group])
             self.accelerator.backward(loss / weight)
             found += float(loss.detach()) / weight
@@ -161,6 +164,9 @@ class Engine(Trainer):
 
     def floating_point_ops(self, inputs: Any) -> int:
         return 0
+
+
+_MIXED = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def _my_share(examples: Sequence[Any]) -> Sequence[Any]:

@@ -94,7 +94,9 @@ class Reference:
         if self.prefix is not None:
             return self._from_states(self.prefix, examples, temperature)
         with self._in_place():
-            found = logprobs(chosen(self.model or self.policy, examples), examples, temperature)
+            model = chosen(self.model or self.policy, examples)
+            model.mixed_precision = getattr(self.policy, "mixed_precision", None)
+            found = logprobs(model, examples, temperature)
         return [row for (row,) in found], [None] * len(examples)
 
     @torch.no_grad()

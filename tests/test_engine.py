@@ -9,6 +9,9 @@ from hypothesis import strategies as st
 from transformers import TrainerCallback, TrainingArguments
 
 from reward.batch import Example
+from reward.losses import Comparison, PreferenceLikelihood
+from reward.model import load_policy, new_reward_model
+from reward.paths import choose
 from stages.config import UserError
 from stages.engine import COMPLETE, MAX_SKIPPED, Engine, Epochs, Reporting, arguments, train
 from stages.objectives import NLL
@@ -212,15 +215,38 @@ def test_an_empty_step_changes_nothing_and_counts(tmp_path):
     assert tiny.same_weights(with_empty, without) and engine.state.global_step == 4
 
 
-def test_bf16_reaches_the_layers(tmp_path):
+@pytest.mark.parametrize("of_scores", [False, True])
+def test_bf16_reaches_the_layers_and_not_the_objective(tmp_path, of_scores):
     """The Trainer would wrap the model's own forward, and our passes run its trunk."""
-    model = tiny.model_of("llama", tiny.tokenizer_of())
+    torch.manual_seed(0)
+    folder = tiny.save_folder(tmp_path, "llama")
+    pair = Comparison([5, 6], ([7, 1], [8, 9, 1]), (0, 0, 2, 1, 0, 0, 1))
+    if of_scores:
+        model, given = new_reward_model(folder)[0], [pair]
+        objective = PreferenceLikelihood(model, given)
+    else:
+        model, given, objective = load_policy(folder)[0], examples(4), NLL()
+    exact = float(objective.loss(model, given)[0].detach())
     seen = []
     model.model.layers[0].mlp.up_proj.register_forward_hook(lambda *of: seen.append(of[-1].dtype))
-    steps = Fixed([examples(4)])
     args = TrainingArguments(str(tmp_path), bf16=True, use_cpu=True, report_to="none")
-    Engine(model, args, NLL(), steps).train()
+    engine = Engine(model, args, objective, Fixed([given]))
+    loss = objective.loss(model, given)[0].detach()
+    assert (
+        loss.dtype == torch.float32 and float(loss) != exact and float(loss) == pytest.approx(exact, rel=0.02)
+    )
+    engine.train()
     assert set(seen) == {torch.bfloat16} and model.dtype == torch.float32
+
+
+def test_the_shortcuts_are_tried_in_full_precision(tmp_path):
+    """Else rounding alone would refuse them."""
+    model = tiny.model_of("llama", tiny.tokenizer_of())
+    args = TrainingArguments(str(tmp_path), bf16=True, use_cpu=True, report_to="none")
+    Engine(model, args, NLL(), Fixed([examples(4)])).train()
+    assert "forward" in vars(model)
+    path = choose(model, examples(4))
+    assert path.head and path.padding_free and "forward" in vars(model)
 
 
 def test_what_is_logged_is_the_mean_over_the_step(tmp_path):
