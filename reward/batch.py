@@ -4,13 +4,15 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from reward.padding_free import Layout, Places
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -152,6 +154,11 @@ def _seen(segments: Tensor) -> Tensor:
     queries, keys = segments[:, :, None], segments[:, None, :]
     causal = torch.ones(2 * (segments.shape[1],), dtype=torch.bool, device=keys.device).tril()
     return (causal & ((keys == 1) | (keys == queries)))[:, None]  # padding sees padding: no empty row
+
+
+def chunks(items: Sequence[T], size: int) -> Iterator[Sequence[T]]:
+    """So many at a time; the last may be fewer."""
+    return (items[start : start + size] for start in range(0, len(items), size))
 
 
 def micro_batches(

@@ -138,7 +138,7 @@ class Sampler:
                 cache = _with_room(output.past_key_values)
                 if len(distinct) < len(prompts):
                     of, mask = row_of, mask[row_of]
-                    cache.batch_select_indices(row_of)
+                    cache.reorder_cache(row_of)
             yield output.logits[:, -1], of
             if all(stopped):
                 return
@@ -146,7 +146,7 @@ class Sampler:
             if sum(stopped[row] for row in alive) > len(alive) / 5:
                 keep = torch.tensor([i for i, row in enumerate(alive) if not stopped[row]]).to(mask.device)
                 alive[:] = [row for row in alive if not stopped[row]]
-                cache.batch_select_indices(keep)
+                cache.reorder_cache(keep)
                 mask = mask[keep]
             ids = torch.tensor([[samples[row].tokens[-1]] for row in alive], device=mask.device)
             mask = torch.cat([mask, mask.new_ones(len(alive), 1)], dim=1)
@@ -182,8 +182,8 @@ class RoomyLayer(DynamicLayer):
         self.keys, self.values = (room[..., :length, :] for room in self._rooms)
         return self.keys, self.values
 
-    def batch_select_indices(self, indices: Tensor) -> None:
-        super().batch_select_indices(indices)
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        super().reorder_cache(beam_idx)
         self._rooms = (self.keys, self.values)
 
 

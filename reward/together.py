@@ -15,10 +15,13 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 from torch import Tensor
 
-from reward.batch import Example
+from reward.batch import Example, chunks
 
 E = TypeVar("E", bound=Example)
 T = TypeVar("T")
+
+MOST = 9
+"""Completions in one example, as many as were ranked there; attention in its row costs their square."""
 
 
 @dataclass(frozen=True)
@@ -29,7 +32,7 @@ class Together(Example, Generic[E]):
 
 
 def together(examples: Sequence[E]) -> list[E | Together[E]]:
-    """The examples, those that completions of one prompt link made one; in order of their first part."""
+    """The examples, those that completions of one prompt link made one, of MOST completions at most."""
     places: dict[tuple[tuple[int, ...], tuple[int, ...]], int] = {}
     links = [
         (number, len(examples) + places.setdefault((tuple(example.prompt), tuple(completion)), len(places)))
@@ -41,28 +44,42 @@ def together(examples: Sequence[E]) -> list[E | Together[E]]:
     groups: dict[int, list[E]] = {}
     for example, group in zip(examples, connected_components(graph, directed=False)[1], strict=False):
         groups.setdefault(int(group), []).append(example)
-    return [_made_one(group) for group in groups.values()]
+    return [_made_one(part) for group in groups.values() for part in _cut(group)]
 
 
-def _made_one(group: list[E]) -> E | Together[E]:
-    if len(group) == 1:
-        return group[0]
-    return Together(group[0].prompt, tuple(_distinct(group).values()), tuple(group))
+def _cut(group: list[E]) -> list[list[E]]:
+    """In order, each part with MOST distinct completions at most."""
+    cut: list[list[E]] = []
+    for example in group:
+        if cut and len(_distinct([*cut[-1], example])) <= MOST:
+            cut[-1].append(example)
+        else:
+            cut.append([example])
+    return cut
+
+
+def _made_one(part: list[E]) -> E | Together[E]:
+    if len(part) == 1:
+        return part[0]
+    return Together(part[0].prompt, tuple(_distinct(part).values()), tuple(part))
 
 
 def each_once(examples: Sequence[Example], work: Callable[[list[Example]], list[list[T]]]) -> list[list[T]]:
     """`work` gives a value for each completion; one that comes again under its prompt is given to it once."""
-    of_prompts: dict[tuple[int, ...], dict[tuple[int, ...], int]] = {}
+    of_prompts: dict[tuple[int, ...], dict[tuple[int, ...], list[int]]] = {}
     for example in examples:
-        known = of_prompts.setdefault(tuple(example.prompt), {})
-        for completion in map(tuple, example.completions):
-            known.setdefault(completion, len(known))
-    distinct = [Example(list(prompt), tuple(map(list, known))) for prompt, known in of_prompts.items()]
-    found = dict(zip(of_prompts, work(distinct), strict=True))
-    return [
-        [found[tuple(e.prompt)][of_prompts[tuple(e.prompt)][tuple(c)]] for c in e.completions]
-        for e in examples
+        of_prompts.setdefault(tuple(example.prompt), {}).update(_distinct([example]))
+    distinct = [
+        Example(list(prompt), tuple(some))
+        for prompt, known in of_prompts.items()
+        for some in chunks(list(known.values()), MOST)
     ]
+    found = {
+        (tuple(example.prompt), tuple(completion)): value
+        for example, values in zip(distinct, work(distinct), strict=True)
+        for completion, value in zip(example.completions, values, strict=True)
+    }
+    return [[found[tuple(e.prompt), tuple(c)] for c in e.completions] for e in examples]
 
 
 def parts(examples: Sequence[Any]) -> list[Any]:
@@ -73,7 +90,8 @@ def parts(examples: Sequence[Any]) -> list[Any]:
 def of_parts(examples: Sequence[Any], values: Tensor) -> Tensor:
     """(R,) values of the examples' completions -> those of the completions of all parts, in order.
 
-    A product with zeros and ones: the gradient of picking some more than once would add up in any order.
+    By a mask: the gradient of picking some more than once would add up in any order, and a product with ones
+    and zeros would spread what is not finite.
     """
     if not any(isinstance(example, Together) for example in examples):
         return values
@@ -82,9 +100,8 @@ def of_parts(examples: Sequence[Any], values: Tensor) -> Tensor:
         place = {tuple(completion): start + i for i, completion in enumerate(example.completions)}
         rows += [place[tuple(completion)] for part in parts([example]) for completion in part.completions]
         start += len(example.completions)
-    picks = torch.zeros(len(rows), start, dtype=values.dtype, device=values.device)
-    picks[torch.arange(len(rows)), rows] = 1
-    return picks @ values
+    picks = torch.tensor(rows)[:, None] == torch.arange(start)
+    return torch.where(picks.to(values.device), values, 0.0).sum(1)
 
 
 def _distinct(examples: Sequence[Example]) -> dict[tuple[int, ...], list[int]]:

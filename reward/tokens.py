@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from annotate.records import DataError, Message, prompt_id
-from reward.batch import Batch, Example, micro_batches
+from reward.batch import Batch, Example, chunks, micro_batches
 from reward.head import HeadInput, head_logprobs
 from reward.last_layer import reading
 from reward.padding_free import attending
@@ -64,7 +64,7 @@ def prompts_ids(
     """
     distinct = list(dict.fromkeys(map(tuple, conversations)))
     try:
-        ids = _rendered(tokenizer, distinct) if distinct else []
+        ids = _rendered(tokenizer, distinct)
     except TemplateError:
         for messages in distinct:
             try:
@@ -81,18 +81,18 @@ def prompts_ids(
 
 def _rendered(tokenizer: Any, conversations: Sequence[Sequence[Message]]) -> list[list[int]]:
     chats = [[message.model_dump() for message in messages] for messages in conversations]
-    ids: list[list[int]] = tokenizer.apply_chat_template(
-        chats, add_generation_prompt=True, tokenize=True, return_dict=False
-    )
-    return ids
+    how = {"add_generation_prompt": True, "tokenize": True, "return_dict": False}
+    return [ids for part in chunks(chats, AT_ONCE) for ids in tokenizer.apply_chat_template(part, **how)]
 
 
 def completions_ids(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
     """The tokens of each reply and the stop token, which is trained and scored like any other."""
-    if not texts:
-        return []
-    ids = tokenizer(list(texts), add_special_tokens=False)["input_ids"]
-    return [[*of_text, tokenizer.eos_token_id] for of_text in ids]
+    parts = (tokenizer(part, add_special_tokens=False)["input_ids"] for part in chunks(list(texts), AT_ONCE))
+    return [[*ids, tokenizer.eos_token_id] for part in parts for ids in part]
+
+
+AT_ONCE = 4096
+"""Texts: until a call ends, the tokenizer keeps much more of each than its ids."""
 
 
 def prompt_ids(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> list[int]:

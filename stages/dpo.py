@@ -226,10 +226,12 @@ def check_first_batch(model: Any, objective: "Direct", batch: "Sequence[Example]
     import torch
 
     from reward.together import parts
+    from reward.tokens import grouped
 
     plain = replace(objective, sft_weight=0.0)
     with torch.no_grad():
-        loss = float(plain.loss(model, batch)[0]) / plain.weight(batch)
+        losses = [float(plain.loss(model, [batch[i] for i in group])[0]) for group in grouped(model, batch)]
+    loss = sum(losses) / plain.weight(batch)
     run.record(first_batch_loss=loss)
     if not math.isfinite(loss):
         bad = ", ".join(objective.not_finite)

@@ -270,6 +270,7 @@ def train(engine: Trainer, run: Run) -> None:
     if newest is not None:
         run.say(f"continuing from {newest.name}")
     engine.train(resume_from_checkpoint=str(newest) if newest else None)
+    engine.model.mixed_precision = None  # what comes after training is in full precision
     once(lambda: _remove(folder))
 
 

@@ -33,14 +33,14 @@ class Prompts:
         limit = getattr(model.config, "max_position_embeddings", None)
         self.prompts: list[Any] = []
         self.tokens: list[list[int]] = []
-        encoded = _ids(tokenizer, [row.get("prompt") for row in rows])
-        for number, (row, ids) in enumerate(zip(rows, encoded, strict=True)):
-            where = f"row {number} of the dataset" + (f" (id {row['id']})" if "id" in row else "")
+        for number, row in enumerate(rows):
             if not row.get("prompt"):
-                raise UserError(f"{where} has no prompt: give it text or messages")
+                raise UserError(f"{_where(number, row)} has no prompt: give it text or messages")
+        encoded = _ids(tokenizer, [row["prompt"] for row in rows])
+        for number, (row, ids) in enumerate(zip(rows, encoded, strict=True)):
             if limit is not None and len(ids) + reply > limit:
                 raise UserError(
-                    f"{where}: {len(ids)} tokens and {reply} for the reply exceed the "
+                    f"{_where(number, row)}: {len(ids)} tokens and {reply} for the reply exceed the "
                     f"{limit} positions of the model; shorten it, or lower response_length"
                 )
             self.prompts.append(row["prompt"])
@@ -51,14 +51,18 @@ class Prompts:
 
 
 def _ids(tokenizer: Any, prompts: Sequence[Any]) -> list[list[int]]:
-    """Of texts and of messages; none where there is no prompt."""
-    chats = [[Message(role=m["role"], content=m["content"]) for m in p] for p in prompts if _is_chat(p)]
+    """Of texts and of messages."""
+    chats = [
+        [Message(role=m["role"], content=m["content"]) for m in prompt]
+        for prompt in prompts
+        if not isinstance(prompt, str)
+    ]
     of_chats = iter(prompts_ids(tokenizer, chats))
-    return [next(of_chats) if _is_chat(p) else list(tokenizer(p)["input_ids"]) if p else [] for p in prompts]
+    return [list(tokenizer(p)["input_ids"]) if isinstance(p, str) else next(of_chats) for p in prompts]
 
 
-def _is_chat(prompt: Any) -> bool:
-    return bool(prompt) and not isinstance(prompt, str)
+def _where(number: int, row: Mapping[str, Any]) -> str:
+    return f"row {number} of the dataset" + (f" (id {row['id']})" if "id" in row else "")
 
 
 class Reference:

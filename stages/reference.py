@@ -25,6 +25,9 @@ from reward.tokens import device_of, logprobs
 from stages.config import UserError
 from stages.run import Run, is_writer, runs_root
 
+LAYOUT = 2
+"""Of the rows that completions are computed in: another one moves the last digits."""
+
 
 def reference_logps(
     model: Any, policy: str, examples: Sequence[Example], tasks: Sequence[str], run: Run
@@ -61,7 +64,7 @@ def _logps(model: Any, examples: Sequence[Example]) -> list[list[float]]:
 
 def _key(model: Any, policy: str, examples: Sequence[Example]) -> str:
     rows = [(example.prompt, example.completions) for example in examples]
-    content = [policy, rows, device_of(model).type, torch.__version__]
+    content = [LAYOUT, policy, rows, device_of(model).type, torch.__version__]
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:32]
 
 

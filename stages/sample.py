@@ -82,7 +82,7 @@ def main(config: Config, run: Run) -> None:
     run.record(
         prompts=len(records),
         items=len(items),
-        identical_replies=len(records) - len({item.id for item in items}),
+        without_item=len(records) - len({item.id for item in items}),
         self_stopping=sum(c.stopped for c in completions) / len(completions),
     )
 

@@ -61,6 +61,11 @@ def test_it_learns_the_preference_and_is_measured_on_held_out_judgements(done):
     assert done.manifest.facts["labelled_by"] == {"simulated": 90}
 
 
+def test_it_trains_in_bf16_and_is_saved_as_it_scores_in_full_precision(tmp_path, policy):
+    run = stage(tmp_path, policy, judged(24), gate="warn", trainer=TRAINER | {"bf16": True, "use_cpu": True})
+    assert run.manifest.metrics["pairs"] and (run.path / "model").is_dir()
+
+
 def test_the_saved_model_scores_kind_above_rude(done, policy):
     from reward.batch import Example
     from reward.tokens import completion_ids, prompt_ids, rewards

@@ -106,7 +106,7 @@ def test_every_choice_of_so_many_replies_is_an_item(tmp_path, policy):
     ]
     assert [(item.id, item.completions) for item in items] == expected
     assert len(items) > run.manifest.metrics["prompts"] == 11
-    assert run.manifest.metrics["identical_replies"] == 11 - len({item.id for item in items})
+    assert run.manifest.metrics["without_item"] == 11 - len({item.id for item in items})
 
 
 def test_an_item_cannot_show_more_replies_than_there_are(policy):

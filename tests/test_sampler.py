@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from transformers import GenerationConfig
+from transformers import GenerationConfig, Lfm2Config, Lfm2ForCausalLM
 
 from annotate.records import DataError
 from reward.batch import Example
@@ -193,3 +193,21 @@ def test_sampling_leaves_the_training_mode_and_tells_the_bar(llama):
 
 def tokens(samples):
     return [s.tokens for s in samples]
+
+
+def test_states_of_convolutions_go_with_their_rows():
+    """A cache with more than keys and values, as of LFM2: repeated prompts, and rows that end early."""
+    tokenizer = tiny.tokenizer_of()
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2, "num_key_value_heads": 2}
+    layers = {"num_hidden_layers": 3, "layer_types": ["conv", "full_attention", "conv"]}
+    torch.manual_seed(0)
+    model = Lfm2ForCausalLM(Lfm2Config(vocab_size=len(tokenizer), pad_token_id=0, **sizes, **layers))
+    sampler = Sampler(model, tokenizer, 20)
+    prompts = [prompt for prompt in PROMPTS[:4] for _ in range(3)]
+    keys = [f"{key}/{i}" for key in KEYS[:4] for i in range(3)]
+    sampler.stop = sampler.sample(prompts[:1], keys[:1])[0].tokens[2]
+    together = sampler.sample(prompts, keys)
+    assert {len(sample.tokens) for sample in together} > {20}
+    assert tokens(together) == tokens(
+        [sampler.sample([p], [k])[0] for p, k in zip(prompts, keys, strict=True)]
+    )
