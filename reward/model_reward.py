@@ -12,8 +12,7 @@ from reward.batch import Example
 from reward.model import CheckpointError, load_reward, load_tokenizer, same_vocabulary
 from reward.paths import chosen
 from reward.tokens import completion_ids as ids_of_completion
-from reward.tokens import prompt_ids as ids_of_prompt
-from reward.tokens import rewards
+from reward.tokens import rendered, rewards
 
 Prompt = str | Sequence[Mapping[str, str]]
 """Plain text, or messages with `role` and `content`."""
@@ -80,7 +79,7 @@ class ModelReward:
 
     def _rendered(self, prompt: Sequence[Mapping[str, str]]) -> list[int]:
         try:
-            return ids_of_prompt(self.tokenizer, [Message.model_validate(dict(m)) for m in prompt])
+            return rendered(self.tokenizer, [[Message.model_validate(dict(m)) for m in prompt]])[0]
         except Exception as error:  # a template is a program of somebody else's and may raise anything
             reason = " ".join(str(error).split())
             raise RewardError(

@@ -11,7 +11,6 @@ from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
-from jinja2 import TemplateError
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
@@ -64,12 +63,12 @@ def prompts_ids(
     """
     distinct = list(dict.fromkeys(map(tuple, conversations)))
     try:
-        ids = _rendered(tokenizer, distinct)
-    except TemplateError:
+        ids = rendered(tokenizer, distinct)
+    except Exception:  # a template is a program of somebody else's and may raise anything
         for messages in distinct:
             try:
-                _rendered(tokenizer, [messages])
-            except TemplateError as error:
+                rendered(tokenizer, [messages])
+            except Exception as error:
                 raise DataError(
                     f"prompt {prompt_id(messages)}: the chat template refuses it ({error}); "
                     "change its messages, or give the tokenizer another template"
@@ -79,7 +78,8 @@ def prompts_ids(
     return [known[tuple(messages)] for messages in conversations]
 
 
-def _rendered(tokenizer: Any, conversations: Sequence[Sequence[Message]]) -> list[list[int]]:
+def rendered(tokenizer: Any, conversations: Sequence[Sequence[Message]]) -> list[list[int]]:
+    """As `prompts_ids`, and what the template raises as it is."""
     chats = [[message.model_dump() for message in messages] for messages in conversations]
     how = {"add_generation_prompt": True, "tokenize": True, "return_dict": False}
     return [ids for part in chunks(chats, AT_ONCE) for ids in tokenizer.apply_chat_template(part, **how)]

@@ -108,18 +108,15 @@ class Desk:
         self.ready()
 
     def ready(self) -> None:
-        self._task_is_there()
+        self.page.wait_for_selector('.stage[data-state="task"]', timeout=60_000)
         if self.page.is_visible(".guidelines"):  # on the first visit
             self.page.keyboard.press("Enter")
             self.page.wait_for_selector(".guidelines", state="hidden")
 
-    def _task_is_there(self) -> None:
-        self.page.wait_for_selector('.stage[data-state="task"]', timeout=60_000)
-
     @property
     def task(self) -> str:
         """Task id of what is on the screen, found by its texts; the next may take a moment to be there."""
-        self._task_is_there()
+        self.page.wait_for_selector(".stage:is([data-state='task'], [data-state='past'])", timeout=60_000)
         shown = sorted(self.shown())
         [found] = [t for t, item in self.served.items.items() if sorted(item.completions) == shown]
         return found
