@@ -21,7 +21,7 @@ E = TypeVar("E", bound=Example)
 T = TypeVar("T")
 
 MOST = 9
-"""Completions in one example, as many as were ranked there; attention in its row costs their square."""
+"""Completions in one example, the most that were ranked in that paper: attention costs their square."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,8 @@ def together(examples: Sequence[E]) -> list[E | Together[E]]:
     size = len(examples) + len(places)
     graph = coo_array((numpy.ones(len(links)), tuple(zip(*links, strict=True)) or ((), ())), (size, size))
     groups: dict[int, list[E]] = {}
-    for example, group in zip(examples, connected_components(graph, directed=False)[1], strict=False):
+    _, labels = connected_components(graph, directed=False)  # of the examples, then of the completions
+    for example, group in zip(examples, labels[: len(examples)], strict=True):
         groups.setdefault(int(group), []).append(example)
     return [_made_one(part) for group in groups.values() for part in _cut(group)]
 
