@@ -70,7 +70,8 @@ def _responses(x: Connection, items: Collection[Item]) -> dict[tuple[str, str], 
 
 
 def _named(item: Item) -> list[tuple[str, str]]:
-    return [(prompt_id(item.prompt), hashlib.sha256(t.encode()).hexdigest()) for t in item.completions]
+    prompt = prompt_id(item.prompt)
+    return [(prompt, hashlib.sha256(t.encode()).hexdigest()) for t in item.completions]
 
 
 _RESPONSES = select(Response.prompt_id, Response.sha, Response.id).where(

@@ -1,6 +1,7 @@
 """Base model stage: tokenizer, weights, and what it makes of bad text."""
 
 import json
+from functools import cache
 
 import pytest
 import torch
@@ -101,17 +102,41 @@ def test_further_texts_are_read(tmp_path):
     assert run.manifest.metrics["documents"] == 34
 
 
-@given(st.text())
-def test_every_text_comes_back_byte_for_byte(text):
-    tokenizer = pretrain.train_tokenizer(tiny.TEXTS, 300) if not KEPT else KEPT[0]
-    KEPT[:] = [tokenizer]
+@pytest.mark.parametrize("superwords", [0, 30])
+@given(text=st.text())
+def test_every_text_comes_back_byte_for_byte(superwords, text):
+    tokenizer = tokenizers(superwords)
     special = any(token in text for token in (pretrain.PAD, pretrain.END, *pretrain.ROLES))
     ids = tokenizer(text)["input_ids"]
     assert tokenizer.decode(ids, clean_up_tokenization_spaces=False) == text
     assert special or not set(ids) & set(range(5))
 
 
-KEPT = []
+@cache
+def tokenizers(superwords):
+    return pretrain.train_tokenizer(tiny.TEXTS, 330 + superwords, superwords)
+
+
+def test_superwords_join_whole_words_and_nothing_else():
+    """Frequent phrases become one token; names, digits and punctuation stay what they are without."""
+    texts = [
+        f"Hello {name}, we will send you {n} lamps. Is it well?" for n, name in enumerate(["Ann", "Bo"] * 9)
+    ]
+    words, phrases = (pretrain.train_tokenizer(texts, 320 + count, count) for count in (0, 7))
+    new = set(phrases.get_vocab()) - set(words.get_vocab())
+    assert len(phrases) == len(words) + 7 and "ĠweĠwillĠsendĠyouĠ" in new
+    assert not any(mark in token for token in new for mark in ",.?17")
+    text = "Hello Ann, we will send you 17 lamps. Is it well?"
+    pieces = [words.decode(of_token) for of_token in words(text)["input_ids"]]
+    joined = [phrases.decode(of_token) for of_token in phrases(text)["input_ids"]]
+    ends = [{sum(map(len, parts[: i + 1])) for i in range(len(parts))} for parts in (pieces, joined)]
+    assert ends[1] < ends[0]  # no token begins or ends where none of the first training does
+    assert {"1", "7", ",", ".", "?"} <= set(joined)
+
+
+def test_superwords_take_no_place_of_bytes():
+    with pytest.raises(ValueError, match=r"vocabulary 300, 40 of it superwords, .* at least 301"):
+        pretrain.Config(corpus="x", vocabulary=300, superwords=40)
 
 
 def test_no_text(tmp_path):
