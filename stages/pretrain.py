@@ -124,7 +124,7 @@ def _separator(text: str) -> str:
 def train_tokenizer(documents: list[str], vocabulary: int, superwords: int = 0) -> Any:
     """Byte-level BPE: every text can be written, and comes back byte for byte.
 
-    The last `superwords` of the `vocabulary` tokens span words, never punctuation, digits or lines.
+    The last `superwords` of the `vocabulary` tokens span words, but no digit, line break or any of `.,:;?!`.
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
@@ -183,7 +183,7 @@ def with_superwords(words: Any, documents: list[str], count: int) -> Any:
 
 
 def _clauses(words: Any, documents: list[str]) -> Iterator[str]:
-    """What lies between punctuation marks, a character for each token."""
+    """What lies between the marks that no token spans, a character for each token."""
     for encoding in words.encode_batch(documents, add_special_tokens=False):
         for _, clause in groupby(zip(encoding.word_ids, encoding.ids, strict=True), key=itemgetter(0)):
             yield "".join(chr(PRIVATE + i) for _, i in clause)
