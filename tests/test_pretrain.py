@@ -118,7 +118,7 @@ def tokenizers(superwords):
 
 
 def test_superwords_join_whole_words_and_nothing_else():
-    """Frequent phrases become one token; names, digits and punctuation stay what they are without."""
+    """Frequent phrases become one token; digits and punctuation stay what they are without."""
     texts = [
         f"Hello {name}, we will send you {n} lamps. Is it well?" for n, name in enumerate(["Ann", "Bo"] * 9)
     ]
