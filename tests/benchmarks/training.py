@@ -60,20 +60,21 @@ COMMON = {
 TRL = {"bf16": False, "activation_checkpointing": False, "max_length": None}
 BEFORE = {"precompute_ref_log_probs": True}
 
+# Rows enough that what happens once, such as our self-check before the first step, is a few percent of the whole.
 CASES = {
-    "sft, default": Case("sft", ">= 4", 64),
+    "sft, default": Case("sft", ">= 4", 128),
     "sft, packing": Case(
-        "sft", "", 64, trl={"packing": True, "max_length": 1024, "per_device_train_batch_size": 1}
+        "sft", "", 128, trl={"packing": True, "max_length": 1024, "per_device_train_batch_size": 1}
     ),
-    "sft, grouped by length": Case("sft", ">= 2", 64, trl={"train_sampling_strategy": "group_by_length"}),
-    "dpo": Case("dpo", ">= 5", 32),
-    "dpo, reference before": Case("dpo", ">= 5", 32, precomputed=True, trl=BEFORE),
+    "sft, grouped by length": Case("sft", ">= 2", 128, trl={"train_sampling_strategy": "group_by_length"}),
+    "dpo": Case("dpo", ">= 5", 64),
+    "dpo, reference before": Case("dpo", ">= 5", 64, precomputed=True, trl=BEFORE),
     "dpo, 32 steps for the losses": Case("dpo", "", 256, turns=1),
     "dpo, V 32768, 384x6": Case("dpo", ">= 5", 16, hidden=384, layers=6, vocabulary=32768),
-    "rm": Case("rm", ">= 2", 64),
-    "short sft": Case("sft", ">= 1.3", 128, rows="short"),
-    "short dpo": Case("dpo", ">= 1.3", 128, rows="short"),
-    "short rm": Case("rm", ">= 1.3", 128, rows="short"),
+    "rm": Case("rm", ">= 2", 128),
+    "short sft": Case("sft", ">= 1.3", 512, rows="short"),
+    "short dpo": Case("dpo", ">= 1.3", 512, rows="short"),
+    "short rm": Case("rm", ">= 1.3", 512, rows="short"),
 }
 
 
