@@ -19,7 +19,7 @@ from transformers.cache_utils import DynamicLayer
 from annotate.records import DataError
 from reward.head import HeadInput
 from reward.parallel import place, shared
-from reward.tokens import device_of, pad_id
+from reward.tokens import device_of, pad_id, token_budget
 
 
 @dataclass(frozen=True)
@@ -49,10 +49,13 @@ class Sampler:
         tokenizer: PreTrainedTokenizerBase,
         max_new_tokens: int,
         temperature: float = 1.0,
-        batch_size: int = 256,
+        batch_size: int | None = None,
     ):
+        """`batch_size` replies at once. None: 256; on a CPU more, if the model is narrow."""
         self.model, self.tokenizer = model, tokenizer
-        self.max_new_tokens, self.temperature, self.batch_size = max_new_tokens, temperature, batch_size
+        self.max_new_tokens, self.temperature = max_new_tokens, temperature
+        narrow = token_budget(model) // 4 if device_of(model).type == "cpu" else 0
+        self.batch_size = batch_size or max(256, narrow)
         self.stop = int(tokenizer.eos_token_id)
         self.limit = getattr(model.config, "max_position_embeddings", None)
 

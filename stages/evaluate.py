@@ -66,9 +66,10 @@ class Config(StageConfig):
 def main(config: Config, run: Run) -> None:
     world = World() if config.gold == "helpdesk" else None
     check_families(config)
-    records, prompts = choose_prompts(config, run)
+    given = read(config.prompts, Record)
+    records, prompts = choose_prompts(config, given, run)
     check_reward_model(config, run, world)
-    score_demonstrations(config, run, world)
+    score_demonstrations(given, run, world)
 
     replies = sample_all(config, run, records, prompts)
     flat = [reply for of_policy in replies.values() for group in of_policy for reply in group]
@@ -84,7 +85,7 @@ def main(config: Config, run: Run) -> None:
         measures.measure_base_loss(config.policies["base"], [r for kept in table.values() for r in kept])
     rows = [row for policy in table for row in evaluations(policy, table, world)]
     write(run.output("records.jsonl"), rows)
-    write_training(config, run, world)
+    write_training(config, given, run, world)
     summarise(config, run, rows, world)
 
 
@@ -112,14 +113,14 @@ def check_families(config: Config) -> None:
         measures.require_same_vocabulary("reward", config.reward, config.policies["sft"])
 
 
-def choose_prompts(config: Config, run: Run) -> tuple[list[Record], list[list[int]]]:
+def choose_prompts(config: Config, given: Sequence[Record], run: Run) -> tuple[list[Record], list[list[int]]]:
     """The test records and their prompts as token ids; those that leave no room for a reply are counted."""
     from transformers import AutoConfig
 
     from reward.model import load_tokenizer
     from reward.tokens import prompt_ids
 
-    rows = [r for r in read(config.prompts, Record) if r.split == "test" and r.use == "policy"]
+    rows = [r for r in given if r.split == "test" and r.use == "policy"]
     if len(rows) < 2:
         raise UserError(
             f"{config.prompts}: {len(rows)} records of split test and use policy; evaluate needs two"
@@ -204,12 +205,12 @@ def evaluations(policy: str, table: dict[str, list[measures.Reply]], world: Worl
     ]
 
 
-def write_training(config: Config, run: Run, world: World | None) -> None:
+def write_training(config: Config, given: Sequence[Record], run: Run, world: World | None) -> None:
     from stages.ppo_rollout import Rollout
 
     rollouts = read(config.rollouts, Rollout) if config.rollouts else []
     if world:
-        records = {record.id: record for record in read(config.prompts, Record)}
+        records = {record.id: record for record in given}
         rollouts = [
             r.model_copy(update={"gold": world.score(records[r.id].facts, r.completion)}) for r in rollouts
         ]
@@ -238,13 +239,13 @@ def check_reward_model(config: Config, run: Run, world: World | None) -> None:
     )
 
 
-def score_demonstrations(config: Config, run: Run, world: World | None) -> None:
+def score_demonstrations(given: Sequence[Record], run: Run, world: World | None) -> None:
     """What SFT imitates, by the rubric: the score that its own replies should come close to."""
     if world is None:
         return
     from annotate.statistics import mean
 
-    rows = (r for r in read(config.prompts, Record) if r.split == "train" and r.use == "sft" and r.completion)
+    rows = (r for r in given if r.split == "train" and r.use == "sft" and r.completion)
     chosen = sorted(rows, key=lambda r: r.id)[:DEMONSTRATIONS]
     if len(chosen) < 2:
         return

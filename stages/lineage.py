@@ -47,9 +47,10 @@ def trace(table: Table, evaluations: Sequence[Source]) -> None:
                 if folder is not None:
                     runs |= ancestors(folder)
         line.runs = [short(folder) for folder in runs]
-        judged = Counter(kind for folder in runs for kind in judgements(runs[folder]))
+        new = {short(folder): runs[folder] for folder in runs if short(folder) not in table.runs}
+        table.runs |= {name: facts(manifest) for name, manifest in new.items()}
+        judged = {kind for name in line.runs for kind in table.runs[name].judgements}
         line.labels = ", ".join(JUDGES[kind] for kind in sorted(judged))
-        table.runs |= {short(folder): facts(manifest) for folder, manifest in runs.items()}
     for name in ("reward_agreement", "demonstrations"):
         known = [source.known(name) for source in evaluations]
         setattr(table, name, [Number(value=k["value"], low=k["low"], high=k["high"]) for k in known if k])

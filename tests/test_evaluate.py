@@ -287,10 +287,9 @@ def test_demonstrations_of_the_training_split_are_scored(models, helpdesk, tmp_p
         for ticket in world.tickets(5, 20)
     ]
     rows = read(helpdesk / "records.jsonl", Record)
-    write(tmp_path / "records.jsonl", [*rows, *shown, shown[0].model_copy(update={"split": "test"})])
-    config = settings(models, helpdesk).model_copy(update={"prompts": str(tmp_path / "records.jsonl")})
+    given = [*rows, *shown, shown[0].model_copy(update={"split": "test"})]
     run = tiny.run_in(tmp_path / "run", "evaluate")
-    evaluate.score_demonstrations(config, run, evaluate.World())
+    evaluate.score_demonstrations(given, run, evaluate.World())
     golds = [rubric.score(row.facts, row.completion).total for row in shown]
     found = run.manifest.facts["demonstrations"]
     assert found["value"] == pytest.approx(sum(golds) / 20) and found["low"] < found["value"] < found["high"]
