@@ -35,10 +35,12 @@ def bag_of_words(train: Sequence[Judgement], held_out: Sequence[Judgement]) -> E
     if len(set(first_wins)) < 2:
         return accuracy(held_out, [0.0] * len(held_out))
     words = CountVectorizer(token_pattern=r"[^\s]+", binary=False)
-    words.fit(text for j in decided for text in j.completions)
+    words.fit(dict.fromkeys(text for j in decided for text in j.completions))
 
     def features(judgements: Sequence[Judgement]) -> object:
-        first, second = (words.transform([j.completions[side] for j in judgements]) for side in (0, 1))
+        texts = dict.fromkeys(text for j in judgements for text in j.completions)  # most come several times
+        counts, row = words.transform(texts), {text: i for i, text in enumerate(texts)}
+        first, second = (counts[[row[j.completions[side]] for j in judgements]] for side in (0, 1))
         return first - second
 
     judge = LogisticRegression(max_iter=1000, fit_intercept=False).fit(features(decided), first_wins)
