@@ -39,6 +39,9 @@ def run(
     if len(nodes) > len(todo):
         screen.say(f"{len(nodes) - len(todo)} of {len(nodes)} stages are complete")
     _in_step()
+    # Rows of data hold no cycles, and looking through all of them again and again took a seventh of `collect`.
+    # New objects are looked at as often as ever, and all of them between stages (`_tidy`).
+    gc.set_threshold(*gc.get_threshold()[:2], 1000)
     with screen.live():
         screen.stages(0, len(todo), "checking settings")  # imports torch: some seconds
         check_libraries(plan.experiment, dict.fromkeys(node.stage for node in todo))
