@@ -39,7 +39,7 @@ def run(
     if len(nodes) > len(todo):
         screen.say(f"{len(nodes) - len(todo)} of {len(nodes)} stages are complete")
     _in_step()
-    # Rows of data hold no cycles, and looking through all of them again and again took a seventh of `collect`.
+    # Rows of data hold no cycles, and looking through all of them again and again took a seventh of collect.
     # New objects are looked at as often as ever, and all of them between stages (`_tidy`).
     gc.set_threshold(*gc.get_threshold()[:2], 1000)
     with screen.live():
