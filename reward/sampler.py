@@ -54,8 +54,9 @@ class Sampler:
         """`batch_size` replies at once. None: 256; on a CPU more, if the model is narrow."""
         self.model, self.tokenizer = model, tokenizer
         self.max_new_tokens, self.temperature = max_new_tokens, temperature
-        narrow = token_budget(model) // 4 if device_of(model).type == "cpu" else 0
-        self.batch_size = batch_size or max(256, narrow)
+        if batch_size is None:  # a step of a narrow model costs a CPU little more for twice the replies
+            batch_size = max(256, token_budget(model) // 4) if device_of(model).type == "cpu" else 256
+        self.batch_size = batch_size
         self.stop = int(tokenizer.eos_token_id)
         self.limit = getattr(model.config, "max_position_embeddings", None)
 

@@ -47,8 +47,7 @@ def trace(table: Table, evaluations: Sequence[Source]) -> None:
                 if folder is not None:
                     runs |= ancestors(folder)
         line.runs = [short(folder) for folder in runs]
-        new = {short(folder): runs[folder] for folder in runs if short(folder) not in table.runs}
-        table.runs |= {name: facts(manifest) for name, manifest in new.items()}
+        table.runs |= {short(f): facts(m) for f, m in runs.items() if short(f) not in table.runs}
         judged = {kind for name in line.runs for kind in table.runs[name].judgements}
         line.labels = ", ".join(JUDGES[kind] for kind in sorted(judged))
     for name in ("reward_agreement", "demonstrations"):
