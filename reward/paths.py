@@ -7,6 +7,8 @@ head that scales or caps its logits), in ways that a list of architectures would
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -21,21 +23,21 @@ TOLERANCE = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 
 
 def choose(model: Any, examples: Sequence[Example]) -> Path:
-    """Try the shortcuts on the longest of the examples and set `model.path`; the path says why not, if not.
+    """Try the shortcuts on three of the examples and set `model.path`; the path says why not, if not.
 
-    The longest, since a sliding window shows only in rows that are longer than it.
+    The longest, since a sliding window shows only in rows that are longer than it, and the two shortest: one
+    row alone could not be mixed up with another.
     """
-    tried = sorted(examples, key=lambda example: example.length)[-2:]
-    several = any(len(example.completions) > 1 for example in tried)
+    by_length = sorted(examples, key=lambda example: example.length)
+    trial = _Trial(model, [by_length[i] for i in (0, min(1, len(by_length) - 1), -1)])
+    several = any(len(example.completions) > 1 for example in trial.examples)
     training, wrapped = model.training, model.__dict__.pop("forward", None)
     model.eval()
-    shares, why = False, "one completion a prompt"
-    if several:
-        shares, why = attempt(lambda: _shared_error(model, tried))
-    padding_free, why_padding = attempt(lambda: _padding_error(model, tried, shares))
-    head, why_not = attempt(lambda: _head_error(model, tried))
+    shares, why = attempt(trial.shared_error) if several else (False, "one completion a prompt")
+    padding_free, why_padding = attempt(lambda: trial.padding_error(shares))
+    head, why_not = attempt(trial.head_error)
     name, _ = layers_of(trunk(model)) or ("", None)
-    alone, why_whole = attempt(lambda: _last_layer_error(model, tried, shares, padding_free, name))
+    alone, why_whole = attempt(lambda: trial.last_layer_error(shares, padding_free, name))
     model.train(training)
     if wrapped is not None:  # a Trainer's, in mixed precision, which rounds more than the shortcuts differ
         model.forward = wrapped
@@ -69,49 +71,58 @@ def attempt(error: Any) -> tuple[bool, str]:
     return found <= allowed, f"differs by {found:.1e}, allowed {allowed:.1e}"
 
 
-def _shared_error(model: Any, examples: Sequence[Example]) -> tuple[float, float]:
-    plain, shared = (
-        Batch.of(examples, pad_id(model), device_of(model), shared=shared) for shared in (False, True)
-    )
-    return difference(*(_states(model, batch) for batch in (plain, shared)))
+@dataclass
+class _Trial:
+    """The examples with each shortcut, against the plain forward of each row alone.
 
+    Each method returns (largest difference, what is allowed), as `difference` does.
+    """
 
-def _padding_error(model: Any, examples: Sequence[Example], shared: bool) -> tuple[float, float]:
-    """Three rows, or more: one alone could not be mixed up with another."""
-    if (kind := trunk(model).config._attn_implementation) != "sdpa":
-        raise TypeError(f"attention is {kind}, not sdpa")
-    of = (*examples, examples[-1], examples[0]), pad_id(model), device_of(model), shared
-    return difference(*(_states(model, Batch.of(*of, padding_free=free)) for free in (False, True)))
+    model: Any
+    examples: Sequence[Example]
 
+    def shared_error(self) -> tuple[float, float]:
+        return difference(self.plain, self._states(self._batch(shared=True)))
 
-def _head_error(model: Any, examples: Sequence[Example]) -> tuple[float, float]:
-    """Are the model's logits its head's product with the trunk's states, and nothing else?"""
-    head = model.get_output_embeddings()
-    if type(head) is not nn.Linear:
-        raise TypeError("the head is not a plain product")
-    batch = Batch.of(examples[-1:], pad_id(model), device_of(model))
-    logits = run(model, batch, logits_to_keep=batch.predicts).logits
-    hidden = run(trunk(model), batch).last_hidden_state[batch.predicts]
-    return difference(logits, head(hidden))
+    def padding_error(self, shared: bool) -> tuple[float, float]:
+        if (kind := trunk(self.model).config._attn_implementation) != "sdpa":
+            raise TypeError(f"attention is {kind}, not sdpa")
+        return difference(self.plain, self._states(self._batch(shared, padding_free=True)))
 
+    def head_error(self) -> tuple[float, float]:
+        """Are the model's logits its head's product with the trunk's states, and nothing else?"""
+        head = self.model.get_output_embeddings()
+        if type(head) is not nn.Linear:
+            raise TypeError("the head is not a plain product")
+        logits = run(self.model, self._rows[-1], logits_to_keep=self._rows[-1].segments > 1).logits
+        return difference(logits, head(self.plain[-len(logits) :]))
 
-def _last_layer_error(
-    model: Any, examples: Sequence[Example], shared: bool, padding_free: bool, name: str
-) -> tuple[float, float]:
-    """Are the states those of the whole layer, where the first tokens of the completions alone are read?"""
-    batch = Batch.of(examples, pad_id(model), device_of(model), shared, padding_free)
-    firsts = batch.predicts & ~batch.predicts.roll(1, dims=1)
-    if not name:
-        raise TypeError("found no list of its layers")
-    whole = run(trunk(model), batch).last_hidden_state[firsts]
-    with reading(trunk(model), name, firsts) as read:
-        return difference(whole, run(trunk(model), batch).last_hidden_state[read])
+    def last_layer_error(self, shared: bool, padding_free: bool, name: str) -> tuple[float, float]:
+        """Are the states those of the whole layer, where the first tokens of the completions alone are read?"""
+        if not name:
+            raise TypeError("found no list of its layers")
+        batch = self._batch(shared, padding_free)
+        firsts = batch.predicts & ~batch.predicts.roll(1, dims=1)
+        with reading(trunk(self.model), name, firsts) as read:
+            states = run(trunk(self.model), batch).last_hidden_state[read]
+        return difference(self.plain[firsts[batch.segments > 1]], states)
 
+    @cached_property
+    def plain(self) -> Tensor:
+        """(N, d), below the head at each completion token and the one before the first."""
+        return torch.cat([self._states(row) for row in self._rows])
 
-def _states(model: Any, batch: Batch) -> Tensor:
-    """(N, d), below the head at each completion token."""
-    states: Tensor = run(trunk(model), batch).last_hidden_state[batch.predicts.roll(1, dims=1)]
-    return states
+    @cached_property
+    def _rows(self) -> list[Batch]:
+        alone = [Example(e.prompt, (completion,)) for e in self.examples for completion in e.completions]
+        return [Batch.of([row], pad_id(self.model), device_of(self.model)) for row in alone]
+
+    def _batch(self, shared: bool, padding_free: bool = False) -> Batch:
+        return Batch.of(self.examples, pad_id(self.model), device_of(self.model), shared, padding_free)
+
+    def _states(self, batch: Batch) -> Tensor:
+        states: Tensor = run(trunk(self.model), batch).last_hidden_state[batch.segments > 1]
+        return states
 
 
 def difference(a: Tensor, b: Tensor) -> tuple[float, float]:

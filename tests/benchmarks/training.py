@@ -183,7 +183,7 @@ def ours(case: Case) -> Any:
         args = TrainingArguments(
             folder, per_device_train_batch_size=case.batch, max_steps=case.steps, **COMMON
         )
-        clock = Clock()
+        clock, start = Clock(), starting()
         if case.task == "sft":
             examples: list[Any] = [Example(p, (c,)) for p, c, _ in rows]
             objective: Any = NLL()
@@ -195,15 +195,17 @@ def ours(case: Case) -> Any:
             model.thresholds.requires_grad_(False)
         else:
             examples = [Pair(p, (c, r)) for p, c, r in rows]
-            choose(model, examples)
+            objective = Direct("sigmoid", {"beta": 0.1, "label_smoothing": 0.0, "margin": 0.0})
+        choose(model, examples)
+        before = clock.stop()
+        if case.task == "dpo":
             reference = [tuple(map(sum, of_pair)) for of_pair in logprobs(model, examples)]
             examples = [replace(e, reference=r) for e, r in zip(examples, reference, strict=True)]
-            objective = Direct("sigmoid", {"beta": 0.1, "label_smoothing": 0.0, "margin": 0.0})
-            if case.precomputed:
-                clock = Clock()
-        engine = Engine(model, args, objective, InOrder(examples, args))
+            before = before if case.precomputed else clock.stop()
+        engine = Engine(model, args, objective, InOrder(examples, args), [start])
         engine.train()
-        return losses(engine), *clock.stop()
+        cpu, wall = start.clock.stop()
+        return losses(engine), before[0] + cpu, before[1] + wall
 
     return train
 
@@ -211,7 +213,7 @@ def ours(case: Case) -> Any:
 def trl(case: Case) -> Any:
     from datasets import Dataset
     from torch.utils.data import SequentialSampler
-    from transformers import PreTrainedTokenizerFast, TrainerCallback
+    from transformers import PreTrainedTokenizerFast
     from trl import DPOConfig, DPOTrainer, RewardConfig, RewardTrainer, SFTConfig, SFTTrainer
 
     kinds = {
@@ -232,10 +234,6 @@ def trl(case: Case) -> Any:
         def _get_train_sampler(self, train_dataset: Any = None) -> Any:
             return super()._get_train_sampler() if own_order else SequentialSampler(self.train_dataset)
 
-    class Start(TrainerCallback):
-        def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
-            self.clock = Clock()
-
     def train(model: Any, rows: Sequence[Row], folder: str) -> tuple[list[float], float, float]:
         tokenizer = PreTrainedTokenizerFast(
             tokenizer_object=_words(case.vocabulary), pad_token="0", eos_token="1"
@@ -252,7 +250,7 @@ def trl(case: Case) -> Any:
             more_for_trainer = {"ref_model": copy.deepcopy(model)}
         else:
             more_for_trainer = {}
-        start = Start()
+        start = starting()
         trainer = OnOurRows(
             model=model,
             args=config_class(output_dir=folder, **COMMON, **settings, **more),
@@ -273,6 +271,17 @@ class Clock:
 
     def stop(self) -> tuple[float, float]:
         return time.process_time() - self.cpu, time.perf_counter() - self.wall
+
+
+def starting() -> Any:
+    """A callback whose `clock` runs from the first step of a training on."""
+    from transformers import TrainerCallback
+
+    class Start(TrainerCallback):
+        def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
+            self.clock = Clock()
+
+    return Start()
 
 
 def losses(trainer: Any) -> list[float]:
@@ -487,8 +496,9 @@ Rows: {data}.
 
 {table}
 
-CPU seconds are those of training alone, after imports and model; with dpo our side includes the reference's
-log-probabilities, computed before the first step, but in the case that takes them before on both sides. Ratios are of
+CPU seconds are those of training alone, from its first step on, after imports, model and trainer. What our side does
+before that step is added: its self-check and, with dpo, the reference's log-probabilities, but for the latter in the
+case that takes them before on both sides. Ratios are of
 turns that alternate, with a t interval on their logarithms; memory is the peak over what the imports take. Losses are
 compared step by step on the same batches.
 
