@@ -98,7 +98,7 @@ class _Trial:
         return difference(logits, head(self.plain[-len(logits) :]))
 
     def last_layer_error(self, shared: bool, padding_free: bool, name: str) -> tuple[float, float]:
-        """Are the states those of the whole layer, where the first tokens of the completions alone are read?"""
+        """Are they those of the whole layer, where the first tokens of the completions alone are read?"""
         if not name:
             raise TypeError("found no list of its layers")
         batch = self._batch(shared, padding_free)

@@ -81,7 +81,7 @@ class Config(StageConfig):
     in the library peft, such as {r: 8, lora_alpha: 16}."""
     max_length: int | None = None
     """Tokens of prompt and reply; longer pairs are left out and counted. None: what the model takes."""
-    trainer: Annotated[dict[str, Any], KeysOf("transformers.TrainingArguments")] = {}
+    trainer: Annotated[dict[str, Any], KeysOf("stages.arguments.EngineArguments")] = {}
 
     @field_validator("objective")
     @classmethod
@@ -112,7 +112,8 @@ def main(config: Config, run: Run) -> None:
     from reward.model import load_policy, save
     from reward.together import together
     from stages.adapters import configuration, merged, with_adapters
-    from stages.engine import Engine, Epochs, Reporting, arguments, train
+    from stages.arguments import arguments
+    from stages.engine import Engine, Epochs, Reporting, train
     from stages.held_out import HeldOut
     from stages.objectives import Direct
 

@@ -21,7 +21,8 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 
 from reward.parallel import once, place, sum_gradients, summed, wait
 from reward.paths import choose, describe
-from reward.tokens import grouped
+from reward.tokens import grouped, token_budget
+from stages.arguments import EngineArguments
 from stages.config import UserError
 from stages.run import Run, is_writer
 
@@ -85,11 +86,10 @@ class Engine(Trainer):
     def __init__(
         self,
         model: nn.Module,
-        args: TrainingArguments,
+        args: EngineArguments,
         objective: Objective,
         steps: Steps,
         callbacks: list[TrainerCallback] | None = None,
-        max_tokens: int | None = None,
         **trainer: Any,
     ):
         args.max_steps, args.gradient_accumulation_steps = len(steps), 1  # a batch is the whole step already
@@ -105,7 +105,7 @@ class Engine(Trainer):
         if isinstance(steps, Epochs):
             choose(model, steps.examples)
         self.objective, self.steps = objective, steps
-        self.max_tokens = max_tokens
+        self.max_tokens = args.max_tokens_per_batch
         self.sums: dict[str, float] = defaultdict(float)
         self.skipped = 0
 
@@ -123,15 +123,26 @@ class Engine(Trainer):
         weight, found = self.objective.weight(inputs), 0.0
         mine = _my_share(inputs)
         for group in grouped(self.model, mine, self.max_tokens):
-            with self.compute_loss_context_manager():
-                loss, metrics = self.objective.loss(self.model, [mine[i] for i in group])
-            self.accelerator.backward(loss / weight)
-            found += float(loss.detach()) / weight
-            for name, value in metrics.items():
-                self.sums[name] += float(value) / weight
+            found += self._pass([mine[i] for i in group], weight)
         sum_gradients(self.model.parameters())
         self.sums["steps"] += 1
         return total + found * place()[1]  # the Trainer takes the mean over the processes
+
+    def _pass(self, examples: Sequence[Any], weight: float) -> float:
+        """Forward and backward of one micro-batch; returns its part of the loss."""
+        try:
+            with self.compute_loss_context_manager():
+                loss, metrics = self.objective.loss(self.model, examples)
+            self.accelerator.backward(loss / weight)
+        except torch.OutOfMemoryError:
+            raise UserError(
+                f"out of memory (step {self.state.global_step + 1}, in a pass of up to "
+                f"{self.max_tokens or token_budget(self.model):,} tokens): set "
+                "trainer.max_tokens_per_batch to fewer, or trainer.activation_checkpointing"
+            ) from None
+        for name, value in metrics.items():
+            self.sums[name] += float(value) / weight
+        return float(loss.detach()) / weight
 
     def _clip_grad_norm(self, model: nn.Module) -> Tensor:
         """Clip; drop the gradients of a step whose norm is not finite, so that the optimiser skips it."""
@@ -241,23 +252,6 @@ def _of_machine(name: str) -> bool:
 
 
 _CLOCK = {"train_runtime", "train_samples_per_second", "train_steps_per_second", "total_flos", "epoch"}
-
-
-def arguments(run: Run, trainer: dict[str, Any], kind: Any = TrainingArguments, **defaults: Any) -> Any:
-    """TrainingArguments (or its subclass `kind`): our defaults, then the `trainer:` block of the config."""
-    common = {
-        "output_dir": str(run.path / "checkpoints"),
-        "seed": run.seed,
-        "report_to": "none",
-        "disable_tqdm": True,
-        "logging_steps": 10,
-        "save_steps": 100,
-        "save_total_limit": 2,  # one would be deleted before the next is known to be whole
-        "dataloader_pin_memory": False,
-    }
-    if place()[1] > 1 and not torch.cuda.is_available():
-        common |= {"use_cpu": True, "ddp_backend": "gloo"}
-    return kind(**(common | defaults | trainer))
 
 
 def train(engine: Trainer, run: Run) -> None:

@@ -36,7 +36,8 @@ def main(config: Config, run: Run) -> None:
     from trl import KTOConfig, KTOTrainer
 
     from reward.model import load_policy, save
-    from stages.engine import Reporting, arguments, train
+    from stages.arguments import arguments
+    from stages.engine import Reporting, train
 
     class Trainer(KTOTrainer):
         def _prepare_dataset(self, dataset: Any, *_: Any) -> Any:

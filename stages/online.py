@@ -92,7 +92,7 @@ def in_own_order(trainer_class: Any) -> Any:
 
 def online_arguments(block: dict[str, Any], run: Run, kind: Any, defaults: dict[str, Any]) -> Any:
     """TRL's settings; logs after each round of sampling, and saves where one ends: samples are lost."""
-    from stages.engine import arguments
+    from stages.arguments import arguments
 
     fixed = {"bf16": False, "activation_checkpointing": False}
     draft = arguments(run, block, kind, **fixed, **defaults)

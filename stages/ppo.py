@@ -71,7 +71,7 @@ def main(config: Config, run: Run) -> None:
 
 def ppo_arguments(trainer: dict[str, Any], run: Run) -> Any:
     """PPOConfig; logs after each update, and saves where an update ends, since rollouts are not saved."""
-    from stages.engine import arguments
+    from stages.arguments import arguments
     from stages.ppo_trainer import PPOConfig
 
     draft = arguments(run, trainer, PPOConfig)

@@ -1,9 +1,9 @@
-"""Settings of PPO: `transformers.TrainingArguments`, and its own under TRL's names where TRL had them."""
+"""Settings of PPO: those of the engine, and its own under TRL's names where TRL had them."""
 
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from transformers import TrainingArguments
+from stages.arguments import EngineArguments
 
 REFUSED_IN_REWARD = (
     "kl_estimator: only k1 can stand in the reward; there the gradient of {} has nothing to do with that of "
@@ -16,8 +16,8 @@ def _setting(default: Any, help: str) -> Any:
 
 
 @dataclass
-class PPOConfig(TrainingArguments):
-    """TrainingArguments and the settings of PPO.
+class PPOConfig(EngineArguments):
+    """The engine's arguments and the settings of PPO.
 
     `per_device_train_batch_size * gradient_accumulation_steps` replies make one optimiser step, and
     `num_mini_batches` steps make one pass over a rollout.

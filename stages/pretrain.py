@@ -54,7 +54,7 @@ class Config(StageConfig):
     heads: int = 4
     positions: int = 512
     """Longest sequence the model takes, in tokens; longer documents are cut into pieces."""
-    trainer: Annotated[dict[str, Any], KeysOf("transformers.TrainingArguments")] = {}
+    trainer: Annotated[dict[str, Any], KeysOf("stages.arguments.EngineArguments")] = {}
 
     @model_validator(mode="after")
     def _one_shape(self) -> Self:
@@ -76,7 +76,8 @@ class Config(StageConfig):
 def main(config: Config, run: Run) -> None:
     from reward.batch import Example
     from reward.model import load_policy, save
-    from stages.engine import Engine, Epochs, Reporting, arguments, train
+    from stages.arguments import arguments
+    from stages.engine import Engine, Epochs, Reporting, train
     from stages.objectives import NLL
 
     documents = read_documents([config.corpus, *config.texts])

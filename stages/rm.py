@@ -36,7 +36,7 @@ class Config(StageConfig):
     judgements: Judgements
     max_length: int | None = None
     """Tokens of prompt and reply; longer comparisons are left out and counted. None: what the model takes."""
-    trainer: Annotated[dict[str, Any], KeysOf("transformers.TrainingArguments")] = {}
+    trainer: Annotated[dict[str, Any], KeysOf("stages.arguments.EngineArguments")] = {}
 
 
 def main(config: Config, run: Run) -> None:
@@ -44,7 +44,8 @@ def main(config: Config, run: Run) -> None:
     from reward.model import load_reward, new_reward_model, save
     from reward.parallel import wait
     from reward.together import together
-    from stages.engine import Engine, Epochs, Reporting, arguments, train
+    from stages.arguments import arguments
+    from stages.engine import Engine, Epochs, Reporting, train
 
     judgements = read(config.judgements, Judgement)
     train_rows = [j for j in judgements if j.split == "train"]

@@ -31,12 +31,13 @@ class Config(StageConfig):
     to stop. None: what the model takes."""
     max_new_tokens: int = 96
     """Limit of the replies by which self-stopping is measured."""
-    trainer: Annotated[dict[str, Any], KeysOf("transformers.TrainingArguments")] = {}
+    trainer: Annotated[dict[str, Any], KeysOf("stages.arguments.EngineArguments")] = {}
 
 
 def main(config: Config, run: Run) -> None:
     from reward.model import load_policy, load_tokenizer, save
-    from stages.engine import Engine, Epochs, Reporting, arguments, train
+    from stages.arguments import arguments
+    from stages.engine import Engine, Epochs, Reporting, train
     from stages.objectives import NLL
 
     records = [r for r in read(config.data, Record) if r.split == "train" and r.use == "sft" and r.completion]

@@ -62,7 +62,12 @@ BAD_COMMANDS = {
         "run",
         EXPERIMENT,
         "sft.trainer.learning_rat=1",
-    ): "transformers.TrainingArguments has no such setting; did you mean learning_rate?",
+    ): "stages.arguments.EngineArguments has no such setting; did you mean learning_rate?",
+    (
+        "run",
+        EXPERIMENT,
+        "rm.trainer.max_tokens_per_batch=0",
+    ): "rm.trainer: max_tokens_per_batch is 0: give 1 or more",
 }
 
 

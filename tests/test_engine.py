@@ -6,14 +6,15 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from transformers import TrainerCallback, TrainingArguments
+from transformers import TrainerCallback
 
 from reward.batch import Example
 from reward.losses import Comparison, PreferenceLikelihood
 from reward.model import load_policy, new_reward_model
 from reward.paths import choose
+from stages.arguments import EngineArguments, arguments
 from stages.config import UserError
-from stages.engine import COMPLETE, MAX_SKIPPED, Engine, Epochs, Reporting, arguments, train
+from stages.engine import COMPLETE, MAX_SKIPPED, Engine, Epochs, Reporting, train
 from stages.objectives import NLL
 from tests import tiny
 
@@ -52,9 +53,7 @@ class Fixed:
         return iter(self.batches[step:])
 
 
-def trained(
-    path, *, seed=0, stop=None, max_tokens=8192, steps=None, objective=None, count=20, callbacks=(), **trainer
-):
+def trained(path, *, seed=0, stop=None, steps=None, objective=None, count=20, callbacks=(), **trainer):
     """(model, engine) after training a tiny policy in the run folder `path`."""
     run = tiny.run_in(path, seed=seed)
     model = tiny.model_of("llama", tiny.tokenizer_of())
@@ -62,7 +61,7 @@ def trained(
     args = arguments(run, chosen | {"learning_rate": 1e-2} | trainer)
     steps = steps or Epochs(examples(count), args)
     hooks = [Reporting(run, "test"), *callbacks, *([StopAt(stop)] if stop else [])]
-    engine = Engine(model, args, objective or NLL(), steps, hooks, max_tokens)
+    engine = Engine(model, args, objective or NLL(), steps, hooks)
     if stop:
         with pytest.raises(KeyboardInterrupt):
             train(engine, run)
@@ -88,10 +87,20 @@ def test_the_result_does_not_depend_on_the_micro_batches(tmp_path):
     start = tiny.model_of("llama", tiny.tokenizer_of())
     whole, _ = trained(tmp_path / "whole", optim="sgd")
     for budget in (1, 60):
-        split, _ = trained(tmp_path / f"split-{budget}", optim="sgd", max_tokens=budget)
+        split, _ = trained(tmp_path / f"split-{budget}", optim="sgd", max_tokens_per_batch=budget)
         assert distance(whole, split, start) < 1e-5
     first, second = (logged(tmp_path / name) for name in ("whole", "split-1"))
     assert [x["loss"] for x in first] == pytest.approx([x["loss"] for x in second], rel=1e-5)
+
+
+def test_out_of_memory_says_what_to_set(tmp_path):
+    class TooLarge(NLL):
+        def loss(self, model, examples):
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+
+    settings = "trainer.max_tokens_per_batch to fewer, or trainer.activation_checkpointing"
+    with pytest.raises(UserError, match=rf"step 1, in a pass of up to 60 tokens\): set {settings}"):
+        trained(tmp_path, objective=TooLarge(), max_tokens_per_batch=60)
 
 
 def test_accumulation_is_part_of_the_step(tmp_path):
@@ -103,7 +112,7 @@ def test_accumulation_is_part_of_the_step(tmp_path):
 def test_a_step_is_gradient_descent_on_the_mean_over_the_whole_batch(tmp_path):
     rows = examples(6)
     args = {"optim": "sgd", "lr_scheduler_type": "constant", "max_grad_norm": 0.0, "learning_rate": 0.5}
-    model, _ = trained(tmp_path, steps=Fixed([rows]), max_tokens=40, **args)
+    model, _ = trained(tmp_path, steps=Fixed([rows]), max_tokens_per_batch=40, **args)
     expected = tiny.model_of("llama", tiny.tokenizer_of())
     tokens = 0
     for row in rows:
@@ -229,7 +238,7 @@ def test_bf16_reaches_the_layers_and_not_the_objective(tmp_path, of_scores):
     exact = float(objective.loss(model, given)[0].detach())
     seen = []
     model.model.layers[0].mlp.up_proj.register_forward_hook(lambda *of: seen.append(of[-1].dtype))
-    args = TrainingArguments(str(tmp_path), bf16=True, use_cpu=True, report_to="none")
+    args = EngineArguments(str(tmp_path), bf16=True, use_cpu=True, report_to="none")
     engine = Engine(model, args, objective, Fixed([given]))
     loss = objective.loss(model, given)[0].detach()
     assert (
@@ -242,7 +251,7 @@ def test_bf16_reaches_the_layers_and_not_the_objective(tmp_path, of_scores):
 def test_the_shortcuts_are_tried_in_full_precision(tmp_path):
     """Else rounding alone would refuse them."""
     model = tiny.model_of("llama", tiny.tokenizer_of())
-    args = TrainingArguments(str(tmp_path), bf16=True, use_cpu=True, report_to="none")
+    args = EngineArguments(str(tmp_path), bf16=True, use_cpu=True, report_to="none")
     Engine(model, args, NLL(), Fixed([examples(4)])).train()
     assert "forward" in vars(model)
     path = choose(model, examples(4))
@@ -254,14 +263,14 @@ def test_what_is_logged_is_the_mean_over_the_step(tmp_path):
     start = tiny.model_of("llama", tiny.tokenizer_of())
     with torch.no_grad():
         loss = NLL().loss(start, rows)[0].item() / NLL().weight(rows)
-    trained(tmp_path, steps=Fixed([rows, rows]), max_tokens=40)
+    trained(tmp_path, steps=Fixed([rows, rows]), max_tokens_per_batch=40)
     first = logged(tmp_path)[0]
     assert first["loss"] == pytest.approx(loss, rel=1e-4) and first["grad_norm"] > 0
 
 
 @given(st.integers(1, 40), st.integers(1, 7), st.integers(1, 3), st.data())
 def test_epochs_hold_every_example_once_and_continue_anywhere(count, size, epochs, data):
-    args = TrainingArguments(
+    args = EngineArguments(
         output_dir="none", per_device_train_batch_size=size, num_train_epochs=epochs, report_to="none"
     )
     steps = Epochs(list(range(count)), args)

@@ -8,8 +8,9 @@ from reward.batch import Example
 from reward.model import load_policy, load_tokenizer
 from reward.tokens import completion_ids, logprobs, prompt_ids
 from stages import sft
+from stages.arguments import arguments
 from stages.config import UserError
-from stages.engine import Engine, Epochs, arguments
+from stages.engine import Engine, Epochs
 from stages.objectives import NLL
 from tests import tiny
 

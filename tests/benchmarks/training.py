@@ -164,12 +164,11 @@ def measure(side: str, case: Case, rows: Sequence[Row]) -> dict[str, Any]:
 
 
 def ours(case: Case) -> Any:
-    from transformers import TrainingArguments
-
     from reward.batch import Example
     from reward.losses import Comparison, PreferenceLikelihood
     from reward.paths import choose
     from reward.tokens import logprobs
+    from stages.arguments import EngineArguments
     from stages.engine import Engine, Epochs
     from stages.objectives import NLL, Direct, Pair
 
@@ -180,9 +179,7 @@ def ours(case: Case) -> Any:
                 yield self.examples[at : at + self.size]
 
     def train(model: Any, rows: Sequence[Row], folder: str) -> tuple[list[float], float, float]:
-        args = TrainingArguments(
-            folder, per_device_train_batch_size=case.batch, max_steps=case.steps, **COMMON
-        )
+        args = EngineArguments(folder, per_device_train_batch_size=case.batch, max_steps=case.steps, **COMMON)
         clock, start = Clock(), starting()
         if case.task == "sft":
             examples: list[Any] = [Example(p, (c,)) for p, c, _ in rows]

@@ -1,0 +1,46 @@
+"""Settings of a training: the `trainer:` block of a stage."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from transformers import TrainingArguments
+
+from reward.parallel import place
+from stages.run import Run
+
+
+@dataclass
+class EngineArguments(TrainingArguments):
+    """TrainingArguments, of which `per_device_train_batch_size * gradient_accumulation_steps` examples make a
+    step whatever its memory; how much of it is computed at once is a setting of its own."""
+
+    max_tokens_per_batch: int | None = field(
+        default=None,
+        metadata={
+            "help": "Most tokens of a forward and backward pass (one example at least): fewer take less "
+            "memory and change no result. None: what fits the machine."
+        },
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.max_tokens_per_batch is not None and self.max_tokens_per_batch < 1:
+            raise ValueError(f"max_tokens_per_batch is {self.max_tokens_per_batch}: give 1 or more")
+
+
+def arguments(run: Run, trainer: dict[str, Any], kind: Any = EngineArguments, **defaults: Any) -> Any:
+    """Arguments of this `kind`: our defaults, then the `trainer:` block of the config."""
+    common = {
+        "output_dir": str(run.path / "checkpoints"),
+        "seed": run.seed,
+        "report_to": "none",
+        "disable_tqdm": True,
+        "logging_steps": 10,
+        "save_steps": 100,
+        "save_total_limit": 2,  # one would be deleted before the next is known to be whole
+        "dataloader_pin_memory": False,
+    }
+    if place()[1] > 1 and not torch.cuda.is_available():
+        common |= {"use_cpu": True, "ddp_backend": "gloo"}
+    return kind(**(common | defaults | trainer))
