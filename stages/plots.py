@@ -74,46 +74,69 @@ def training(rollouts: Mapping[int, Sequence[Sampled]], table: Table, path: Path
 def frontier(rollouts: Mapping[int, Sequence[Sampled]], table: Table, path: Path) -> None:
     """Score against KL to SFT: PPO's steps as points, the rows of the table as marks with both intervals.
 
-    Points of one method are joined and named; there is one panel then, of the score that counts.
+    Points of one method are joined and named, in a panel for each quantity that the methods' names give
+    values of (`point`): there of the score that counts alone.
     """
     plt = styled_pyplot()
-    methods: dict[str, list[Line]] = {}
-    for line in table.lines:
-        if "kl" in line.metrics and line.policy != "base":
-            methods.setdefault(point(line.policy)[0], []).append(line)
-    swept = max(map(len, methods.values())) > 1
+    lines = [line for line in table.lines if "kl" in line.metrics and line.policy != "base"]
+    joined = len(lines) > len({point(line.policy)[0] for line in lines})
+    swept = list(dict.fromkeys(name for line in lines for name in _given(line) if not line.kl_is_bound))
     panels = [(GOLD, "gold"), (PROXY, "reward")] if table.measure == "gold" else [(PROXY, "reward")]
-    panels = panels[:1] if swept else panels
-    size = (9.0, 6.6) if swept else (1.4 + 4.2 * len(panels), 4.4)
-    fig, axes = plt.subplots(1, len(panels), figsize=size, squeeze=False)
-    for ax, (label, field) in zip(axes[0], panels, strict=True):
+    if joined:
+        panels = panels[:1] * max(1, len(swept))
+    overs = swept if joined and swept else [""] * len(panels)
+    size = (1.6 + 7.4 * len(panels), 6.6) if joined else (1.4 + 4.2 * len(panels), 4.4)
+    fig, axes = plt.subplots(1, len(panels), figsize=size, squeeze=False, sharex=joined, sharey=joined)
+    labelled: dict[str, Any] = {}
+    for ax, (label, field), over in zip(axes[0], panels, overs, strict=True):
         for rows in rollouts.values():
             _, kl = _by_step(rows, "kl")
             _, score = _by_step(rows, field)
             ax.scatter(
                 [n.value for n in kl], [n.value for n in score], s=9, color=GREEN, alpha=0.45, lw=0, zorder=2
             )
-        for index, lines in enumerate(methods.values()):
-            if held := [line for line in lines if field in line.metrics]:
-                _marks(ax, held, field, index)
-        ax.set_xscale("function", functions=(_signed_root, _signed_square))
-        ticks = _ticks(ax.get_xlim()[1])
-        ax.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
-        ax.set_xlabel("KL to SFT, nats per reply (square-root axis)")
-        ax.set_ylabel(label)
-        if field == "gold" and table.maximum is not None:
-            ax.axhline(table.maximum, color=BLACK, lw=1, ls=(0, (1, 2)))
-            _note(ax, "maximum", table.maximum, above=False)
-    handles, labels = axes[0, 0].get_legend_handles_labels()
+        for index, (_, of_method) in enumerate(_methods(lines, over).items()):
+            if held := [line for line in of_method if field in line.metrics]:
+                _marks(ax, held, field, index, over)
+        _axes_of(ax, table, label, field)
+        if over or ax is axes[0, 0]:
+            ax.set_title("What the distance from SFT buys" + (over and f", over {over}"), loc="left")
+        handles, labels = ax.get_legend_handles_labels()
+        labelled |= dict(zip(labels, handles, strict=True))
     if any(rollouts.values()):
-        handles.append(plt.Line2D([], [], marker="o", ls="", ms=3, color=GREEN, alpha=0.6))
-        labels.append("PPO's steps (training prompts)")
-    columns = 4 if swept else 1 + len(panels)
-    fig.legend(handles, labels, loc="lower center", ncols=columns, fontsize=9)
-    axes[0, 0].set_title("What the distance from SFT buys", loc="left")
-    below = 0.02 + 0.22 * math.ceil(len(labels) / columns) / size[1]  # 0.22 inches for a line of the legend
+        marks = plt.Line2D([], [], marker="o", ls="", ms=3, color=GREEN, alpha=0.6)
+        labelled["PPO's steps (training prompts)"] = marks
+    columns = 4 * len(panels) if joined else 1 + len(panels)
+    fig.legend(labelled.values(), labelled.keys(), loc="lower center", ncols=columns, fontsize=9)
+    below = 0.02 + 0.22 * math.ceil(len(labelled) / columns) / size[1]  # 0.22 inches for a line of the legend
     fig.tight_layout(rect=(0, below, 1, 1))
     save_figure(fig, path, tight=False)
+
+
+def _given(line: Line) -> dict[str, str]:
+    """What the name of a point gives values of: `β=0.3 steps=120` does of β and of steps."""
+    words = point(line.policy)[1].split()
+    return {word.partition("=")[0]: word for word in words if "=" in word}
+
+
+def _methods(lines: Sequence[Line], over: str) -> dict[str, list[Line]]:
+    """The points of each method, without those that give a value of something else than `over`."""
+    methods: dict[str, list[Line]] = {}
+    for line in lines:
+        if not over or line.kl_is_bound or not _given(line) or over in _given(line):
+            methods.setdefault(point(line.policy)[0], []).append(line)
+    return methods
+
+
+def _axes_of(ax: Any, table: Table, label: str, field: str) -> None:
+    ax.set_xscale("function", functions=(_signed_root, _signed_square))
+    ticks = _ticks(ax.get_xlim()[1])
+    ax.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+    ax.set_xlabel("KL to SFT, nats per reply (square-root axis)")
+    ax.set_ylabel(label)
+    if field == "gold" and table.maximum is not None:
+        ax.axhline(table.maximum, color=BLACK, lw=1, ls=(0, (1, 2)))
+        _note(ax, "maximum", table.maximum, above=False)
 
 
 def _note(ax: Any, text: str, height: float, above: bool) -> None:
@@ -140,7 +163,7 @@ MARKS = {
 OTHERS = (("P", RED), ("X", SKY), ("*", BLACK), ("h", BLUE), ("<", ORANGE), (">", PURPLE))
 
 
-def _marks(ax: Any, lines: Sequence[Line], field: str, index: int) -> None:
+def _marks(ax: Any, lines: Sequence[Line], field: str, index: int, over: str) -> None:
     """The points of one method, each with its intervals; several are joined in the order of their KL."""
     method = point(lines[0].policy)[0]
     words = method.replace("(", " ").replace(")", " ").split()
@@ -153,7 +176,7 @@ def _marks(ax: Any, lines: Sequence[Line], field: str, index: int) -> None:
         ax.plot(at["x"], at["y"], color=colour, lw=1, alpha=0.6, zorder=2)
         for line, x, y in zip(lines, at["x"], at["y"], strict=True):
             place = {"textcoords": "offset points", "xytext": (5, -9), "fontsize": 8, "color": colour}
-            ax.annotate(point(line.policy)[1], (x, y), zorder=5, **place)
+            ax.annotate(_given(line).get(over, point(line.policy)[1]), (x, y), zorder=5, **place)
     for k, s in zip(kl, score, strict=True):
         reach = {"xerr": _reach(k), "yerr": _reach(s), "fmt": "none"}
         ax.errorbar(k.value, s.value, **reach, ecolor=colour, capsize=3, lw=1.4, zorder=3)

@@ -14,9 +14,10 @@ def test_there_are_the_promised_experiments():
     assert {"quickstart", "smoke", "hh", "frontier", "objectives"} <= {path.stem for path in CONFIGS}
 
 
-def test_the_frontier_is_drawn_in_the_quickstarts_world_and_has_every_kind_of_stage():
+def test_the_frontier_starts_from_the_quickstarts_stages_and_has_every_kind_of_stage():
     frontier, quickstart = load("configs/frontier.yaml"), load("configs/quickstart.yaml")
-    assert frontier.stages["prepare"].data == quickstart.stages["prepare"].data == "helpdesk"
+    for stage in ("prepare", "pretrain", "sft", "sample", "collect", "rm"):
+        assert frontier.stages[stage] == quickstart.stages[stage]
     assert set(frontier.kinds.values()) == set(STAGES)
     measured = set(frontier.uses("evaluate")) - {"prepare", "sample", "rm"}
     trained = {"pretrain", "sft", "dpo", "kto", "ppo", "rloo", "grpo"}
@@ -39,9 +40,11 @@ def test_the_frontiers_online_methods_draw_as_many_replies_as_ppo(tmp_path):
     from tests.tiny import run_in
 
     stages = load("configs/frontier.yaml").stages
-    for stage, kind in (("rloo", RLOOConfig), ("rloo-0_3", RLOOConfig), ("grpo", GRPOConfig)):
+    kinds = {"rloo": RLOOConfig, "rloo-0_3": RLOOConfig, "rloo-48": RLOOConfig, "rloo-448": RLOOConfig}
+    for stage, kind in (kinds | {"grpo": GRPOConfig}).items():
         args = online_arguments(stages[stage].trainer, run_in(tmp_path, stage), kind, {})
-        assert sampled(args, args.max_steps) == stages["ppo"].trainer["total_episodes"]
+        as_long = stages[stage.replace("rloo", "ppo").replace("grpo", "ppo")]
+        assert sampled(args, args.max_steps) == as_long.trainer["total_episodes"]
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=str)

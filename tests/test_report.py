@@ -269,6 +269,25 @@ def test_points_of_a_method_are_one_line_of_the_frontier(tmp_path, monkeypatch):
     assert names == ["sft", "best-of-n (rm), KL bound", "best-of-n (rubric), KL bound", "dpo", "kto"]
 
 
+def test_each_quantity_swept_has_a_panel(tmp_path, monkeypatch):
+    more = {
+        f"dpo{of}": (2.5, 1.0 + i, 0.99)
+        for i, of in enumerate((" β=0.5 steps=120", " steps=40", " steps=360"))
+    }
+    found = table(policies=SWEEP | more)
+    drawn = []
+    monkeypatch.setattr(plots, "save_figure", lambda fig, path, tight=True: drawn.append(fig))
+    plots.frontier({}, found, tmp_path / "frontier.png")
+    over_beta, over_steps = drawn[0].axes
+    texts = [{text.get_text() for text in ax.texts} for ax in (over_beta, over_steps)]
+    assert texts[0] & texts[1] == {"n=2", "n=4", "n=8", "maximum"}
+    assert texts[0] - texts[1] == {"β=0.1", "β=0.3", "β=0.5", "β=0.9"}
+    assert texts[1] - texts[0] == {"steps=40", "steps=120", "steps=360"}
+    assert "over β" in over_beta.get_title(loc="left") and "over steps" in over_steps.get_title(loc="left")
+    names = [text.get_text() for text in drawn[0].legends[0].get_texts()]
+    assert names == ["sft", "best-of-n (rm), KL bound", "best-of-n (rubric), KL bound", "dpo", "kto"]
+
+
 def test_the_headline_names_the_best_point_of_each_method():
     found = page.headline(table(policies=SWEEP))
     assert re.fullmatch(r".*closed: dpo β=0.1 \d+ % \[.*\], kto \d+ % \[.*\]\.", found)
