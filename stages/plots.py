@@ -114,9 +114,9 @@ def frontier(rollouts: Mapping[int, Sequence[Sampled]], table: Table, path: Path
 
 
 def _given(line: Line) -> dict[str, str]:
-    """What the name of a point gives values of: `β=0.3 steps=120` does of β and of steps."""
+    """The values that the name of a point gives: of `β=0.3 steps=120` those of β and of steps."""
     words = point(line.policy)[1].split()
-    return {word.partition("=")[0]: word for word in words if "=" in word}
+    return dict(word.split("=", 1) for word in words if "=" in word)
 
 
 def _methods(lines: Sequence[Line], over: str) -> dict[str, list[Line]]:

@@ -264,7 +264,7 @@ def test_points_of_a_method_are_one_line_of_the_frontier(tmp_path, monkeypatch):
     assert len(curves) == 3
     assert all(list(one.get_xdata()) == sorted(one.get_xdata()) for one in curves)
     texts = [text.get_text() for text in ax.texts]
-    assert texts.count("n=2") == 2 and {"β=0.1", "β=0.3", "β=0.9"} <= set(texts)
+    assert texts.count("n=2") == 2 and {"0.1", "0.3", "0.9"} <= set(texts)
     names = [text.get_text() for text in drawn[0].legends[0].get_texts()]
     assert names == ["sft", "best-of-n (rm), KL bound", "best-of-n (rubric), KL bound", "dpo", "kto"]
 
@@ -281,8 +281,8 @@ def test_each_quantity_swept_has_a_panel(tmp_path, monkeypatch):
     over_beta, over_steps = drawn[0].axes
     texts = [{text.get_text() for text in ax.texts} for ax in (over_beta, over_steps)]
     assert texts[0] & texts[1] == {"n=2", "n=4", "n=8", "maximum"}
-    assert texts[0] - texts[1] == {"β=0.1", "β=0.3", "β=0.5", "β=0.9"}
-    assert texts[1] - texts[0] == {"steps=40", "steps=120", "steps=360"}
+    assert texts[0] - texts[1] == {"0.1", "0.3", "0.5", "0.9"}
+    assert texts[1] - texts[0] == {"40", "120", "360"}
     assert "over β" in over_beta.get_title(loc="left") and "over steps" in over_steps.get_title(loc="left")
     names = [text.get_text() for text in drawn[0].legends[0].get_texts()]
     assert names == ["sft", "best-of-n (rm), KL bound", "best-of-n (rubric), KL bound", "dpo", "kto"]
