@@ -82,20 +82,23 @@ class _Trial:
     examples: Sequence[Example]
 
     def shared_error(self) -> tuple[float, float]:
-        return difference(self.plain, self._states(self._batch(shared=True)))
+        """Are the states of completions that share their prompt's row those of a row for each?"""
+        return difference(self._plain, self._states(self._batch(shared=True)))
 
     def padding_error(self, shared: bool) -> tuple[float, float]:
+        """Are they the same where rows lie one behind the other?"""
         if (kind := trunk(self.model).config._attn_implementation) != "sdpa":
             raise TypeError(f"attention is {kind}, not sdpa")
-        return difference(self.plain, self._states(self._batch(shared, padding_free=True)))
+        return difference(self._plain, self._states(self._batch(shared, padding_free=True)))
 
     def head_error(self) -> tuple[float, float]:
         """Are the model's logits its head's product with the trunk's states, and nothing else?"""
         head = self.model.get_output_embeddings()
         if type(head) is not nn.Linear:
             raise TypeError("the head is not a plain product")
-        logits = run(self.model, self._rows[-1], logits_to_keep=self._rows[-1].segments > 1).logits
-        return difference(logits, head(self.plain[-len(logits) :]))
+        row = self._rows[-1]
+        logits = run(self.model, row, logits_to_keep=row.segments > 1).logits
+        return difference(logits, head(self._plain[-len(logits) :]))
 
     def last_layer_error(self, shared: bool, padding_free: bool, name: str) -> tuple[float, float]:
         """Are they those of the whole layer, where the first tokens of the completions alone are read?"""
@@ -105,10 +108,10 @@ class _Trial:
         firsts = batch.predicts & ~batch.predicts.roll(1, dims=1)
         with reading(trunk(self.model), name, firsts) as read:
             states = run(trunk(self.model), batch).last_hidden_state[read]
-        return difference(self.plain[firsts[batch.segments > 1]], states)
+        return difference(self._plain[firsts[batch.segments > 1]], states)
 
     @cached_property
-    def plain(self) -> Tensor:
+    def _plain(self) -> Tensor:
         """(N, d), below the head at each completion token and the one before the first."""
         return torch.cat([self._states(row) for row in self._rows])
 

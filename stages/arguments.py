@@ -19,7 +19,7 @@ class EngineArguments(TrainingArguments):
         default=None,
         metadata={
             "help": "Most tokens of a forward and backward pass (one example at least): fewer take less "
-            "memory and change no result. None: what fits the machine."
+            "memory and change the last digits of a result. None: what fits the machine."
         },
     )
 
