@@ -73,10 +73,12 @@ class Epochs:
         return self.total
 
     def start(self, step: int) -> Iterator[Sequence[Any]]:
+        order: list[int] = []
         for number in range(step, self.total):
             epoch, index = divmod(number, self.per_epoch)
-            generator = torch.Generator().manual_seed(1_000_003 * self.seed + epoch)
-            order = torch.randperm(len(self.examples), generator=generator).tolist()
+            if not order or not index:
+                generator = torch.Generator().manual_seed(1_000_003 * self.seed + epoch)
+                order = torch.randperm(len(self.examples), generator=generator).tolist()
             yield [self.examples[i] for i in order[index * self.size : (index + 1) * self.size]]
 
 

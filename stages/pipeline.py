@@ -5,7 +5,8 @@ import logging
 import os
 import random
 import sys
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -39,10 +40,7 @@ def run(
     if len(nodes) > len(todo):
         screen.say(f"{len(nodes) - len(todo)} of {len(nodes)} stages are complete")
     _in_step()
-    # Rows of data hold no cycles, and looking through all of them again and again took a seventh of collect.
-    # New objects are looked at as often as ever, and all of them between stages (`_tidy`).
-    gc.set_threshold(*gc.get_threshold()[:2], 1000)
-    with screen.live():
+    with screen.live(), _seldom_collected():
         screen.stages(0, len(todo), "checking settings")  # imports torch: some seconds
         check_libraries(plan.experiment, dict.fromkeys(node.stage for node in todo))
         for done, node in enumerate(todo):
@@ -158,9 +156,26 @@ def _hide_bars() -> None:
     logging.getLogger("transformers.trainer_utils").setLevel(logging.ERROR)
 
 
+@contextmanager
+def _seldom_collected() -> Iterator[None]:
+    """Look less often for cycles among what has lived long: rows of data hold none.
+
+    Looking through all of them again and again took a seventh of collect. New objects are looked at as often
+    as ever, and between stages (`_tidy`) all that came since the stage before.
+    """
+    before = gc.get_threshold()
+    gc.set_threshold(*before[:2], 1000)
+    try:
+        yield
+    finally:
+        gc.set_threshold(*before)
+        gc.unfreeze()
+
+
 def _tidy() -> None:
     """Memory of one stage is free before the next."""
     gc.collect()
+    gc.freeze()  # what is left are libraries, some hundred thousand objects not worth looking at again
     torch: Any = sys.modules.get("torch")
     if torch is not None and torch.cuda.is_available():
         torch.cuda.empty_cache()
