@@ -1,5 +1,6 @@
 """What is run, in which order, and what is not run again."""
 
+import gc
 import shutil
 import signal
 import subprocess
@@ -122,6 +123,15 @@ def test_a_run_that_failed_is_no_input_and_is_tried_again_in_its_folder(ran, pla
     made, names = ran()
     assert names == ["train", "gather"] and path(made, "train") == failed
     assert load_manifest(failed).metrics["resumed_at"] == 3
+
+
+def test_the_garbage_collector_is_left_as_it_was(ran):
+    before = gc.get_threshold(), gc.get_freeze_count()
+    with pytest.raises(UserError, match="train: the data is bad"):
+        ran("train.end=user")  # after a stage that was complete
+    assert (gc.get_threshold(), gc.get_freeze_count()) == before
+    ran()
+    assert (gc.get_threshold(), gc.get_freeze_count()) == before
 
 
 def test_force_makes_a_new_attempt_beside_the_old(ran, plan):
