@@ -37,6 +37,14 @@ class CheckpointError(DataError):
     """A checkpoint that cannot be used. One line: which, why, what to do."""
 
 
+def longest_row(model: Any, asked: int | None = None) -> int:
+    """Tokens of prompt and completion together: what is asked for, and no more than the model's positions.
+
+    A model without positions of its own (ALiBi, a recurrent state) sets no limit: 10**9.
+    """
+    return min(asked or 10**9, getattr(model.config, "max_position_embeddings", 10**9))
+
+
 def load_tokenizer(path: str | Path) -> tuple[PreTrainedTokenizerBase, list[str]]:
     """The tokenizer with a stop token, a pad token of its own and a chat template; and what had to be added.
 

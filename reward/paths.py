@@ -38,17 +38,21 @@ def choose(model: Any, examples: Sequence[Example]) -> Path:
     head, why_not = attempt(trial.head_error)
     name, _ = layers_of(trunk(model)) or ("", None)
     alone, why_whole = attempt(lambda: trial.last_layer_error(shares, padding_free, name))
+    tried = trial.examples[-1].length
     model.train(training)
     if wrapped is not None:  # a Trainer's, in mixed precision, which rounds more than the shortcuts differ
         model.forward = wrapped
-    path = Path(shares, head, padding_free, name if alone else "", (why, why_padding, why_not, why_whole))
+    path = Path(
+        shares, head, padding_free, name if alone else "", (why, why_padding, why_not, why_whole), tried
+    )
     model.path = path
     return path
 
 
 def chosen(model: Any, examples: Sequence[Example]) -> Any:
-    """The model; its shortcuts are tried on these examples if they have not been on any."""
-    if not hasattr(model, "path"):
+    """The model; its shortcuts are tried on these examples unless they have been on any as long."""
+    longest = max((example.length for example in examples), default=0)
+    if not hasattr(model, "path") or longest > model.path.length:
         choose(model, examples)
     return model
 
@@ -96,6 +100,8 @@ class _Trial:
         head = self.model.get_output_embeddings()
         if type(head) is not nn.Linear:
             raise TypeError("the head is not a plain product")
+        if getattr(self.model.config.get_text_config(), "final_logit_softcapping", None):
+            raise TypeError("logits are capped")  # which small ones of a new model would not show
         row = self._rows[-1]
         logits = run(self.model, row, logits_to_keep=row.segments > 1).logits
         return difference(logits, head(self._plain[-len(logits) :]))

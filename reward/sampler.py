@@ -109,6 +109,8 @@ class Sampler:
                 for i, (token, logp) in enumerate(zip(chosen.tolist(), logps.tolist(), strict=True)):
                     row = alive[i]
                     if not stopped[row]:
+                        if math.isnan(logp):
+                            raise DataError(f"prompt {keys[row]}: the model's logits are not finite numbers")
                         samples[row].tokens.append(token)
                         samples[row].logprobs.append(logp)
                         if values:
@@ -122,13 +124,14 @@ class Sampler:
         """Logits (R, V) of the next token, step after step, and the row of each prompt that is still alive.
 
         A prompt that comes several times is read once; finished rows leave the cache. The caller appends to
-        the samples and sets `stopped` between steps; `alive` is kept up to date here.
+        the samples and sets `stopped` between steps; `alive` is kept up to date here. The rows of a model
+        that returns no keys and values (a recurrent state) are read again for each token.
         """
         distinct = {prompt: row for row, prompt in enumerate(dict.fromkeys(map(tuple, prompts)))}
         ids, mask = _left_pad(list(map(list, distinct)), pad_id(self.model), device_of(self.model))
         row_of = torch.tensor([distinct[tuple(prompt)] for prompt in prompts], device=mask.device)
         cache: Any = None
-        for _ in range(self.max_new_tokens):
+        for step in range(self.max_new_tokens):
             output = self.model(
                 input_ids=ids,
                 attention_mask=mask,
@@ -138,11 +141,12 @@ class Sampler:
                 logits_to_keep=1,
             )
             of: Any = slice(None)
-            if cache is None:
-                cache = _with_room(output.past_key_values)
+            if step == 0:
+                given = getattr(output, "past_key_values", None)
+                cache = None if given is None else _with_room(given)
                 if len(distinct) < len(prompts):
-                    of, mask = row_of, mask[row_of]
-                    cache.reorder_cache(row_of)
+                    of, ids, mask = row_of, ids[row_of], mask[row_of]
+                    _keep(cache, row_of)
             yield output.logits[:, -1], of
             if all(stopped):
                 return
@@ -150,9 +154,10 @@ class Sampler:
             if sum(stopped[row] for row in alive) > len(alive) / 5:
                 keep = torch.tensor([i for i, row in enumerate(alive) if not stopped[row]]).to(mask.device)
                 alive[:] = [row for row in alive if not stopped[row]]
-                cache.reorder_cache(keep)
-                mask = mask[keep]
-            ids = torch.tensor([[samples[row].tokens[-1]] for row in alive], device=mask.device)
+                _keep(cache, keep)
+                ids, mask = ids[keep], mask[keep]
+            drawn = torch.tensor([[samples[row].tokens[-1]] for row in alive], device=mask.device)
+            ids = drawn if cache is not None else torch.cat([ids, drawn], dim=1)
             mask = torch.cat([mask, mask.new_ones(len(alive), 1)], dim=1)
 
     def _check(self, prompts: Sequence[list[int]], keys: Sequence[str]) -> None:
@@ -162,6 +167,11 @@ class Sampler:
                     f"prompt {key}: {len(prompt)} tokens and {self.max_new_tokens} for the reply exceed "
                     f"the {self.limit} positions of the model; shorten it, lower max_new_tokens or drop it"
                 )
+
+
+def _keep(cache: Any, rows: Tensor) -> None:
+    if cache is not None:
+        cache.reorder_cache(rows)
 
 
 class RoomyLayer(DynamicLayer):
@@ -213,6 +223,7 @@ def draw(logits: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
 
     In two steps, first a block of the vocabulary, then a token in it: the running sum over a whole row, in
     float64 since a float32 sum misses 1 by more than a rare token weighs, would cost more than the model.
+    Of logits that are not finite any token, with a log-probability that is not a number.
     """
     top = logits.amax(1, keepdim=True)
     weights = (logits - top).exp_()
@@ -221,7 +232,7 @@ def draw(logits: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
     total = of_blocks[:, -1]
     block, left = _find(of_blocks, uniform * total)
     inside = blocks[torch.arange(len(blocks), device=block.device), block].double().cumsum(1)
-    chosen = block * BLOCK + _find(inside, left)[0]
+    chosen = (block * BLOCK + _find(inside, left)[0]).clamp(max=logits.shape[1] - 1)
     logps = logits.gather(1, chosen[:, None]).squeeze(1) - top.squeeze(1) - total.log().float()
     return chosen, logps
 
@@ -236,7 +247,7 @@ def _find(cdf: Tensor, at: Tensor) -> tuple[Tensor, Tensor]:
     Rounding may put `at` on the end of its row: it is moved just inside, to the last entry with any weight.
     """
     at = torch.minimum(at, cdf[:, -1] * (1 - 1e-12))
-    found = torch.searchsorted(cdf, at[:, None], right=True)
+    found = torch.searchsorted(cdf, at[:, None], right=True).clamp(max=cdf.shape[1] - 1)  # where all is NaN
     before = F.pad(cdf, (1, 0)).gather(1, found)
     return found.squeeze(1), at - before.squeeze(1)
 

@@ -38,12 +38,14 @@ class Path:
     """Name of the trunk's list of layers, whose last can work where it is read alone; empty if it cannot."""
     why: tuple[str, ...] = ()
     """Of rows, padding, head and layers, in this order."""
+    length: int = 0
+    """Tokens of the longest sequence they were tried on: a sliding window shows in longer ones alone."""
 
 
 def encode(
     tokenizer: PreTrainedTokenizerBase, rows: Sequence[tuple[Sequence[Message], Sequence[str]]]
 ) -> list[Example]:
-    """Of each conversation and its completions, what the model reads."""
+    """What the model reads of each conversation and its completions."""
     prompts = prompts_ids(tokenizer, [messages for messages, _ in rows])
     texts = list(dict.fromkeys(text for _, completions in rows for text in completions))
     known = dict(zip(texts, completions_ids(tokenizer, texts), strict=True))
@@ -241,8 +243,7 @@ def rewards(model: nn.Module, examples: Sequence[Example]) -> list[list[float]]:
 def token_budget(model: nn.Module) -> int:
     """Tokens of one forward pass, padding included. A GPU wants large ones.
 
-    On a CPU what fits its caches is fastest: the narrower the model, the more. Fewer of a wide model are as
-    fast, and take less memory.
+    On a CPU what fits its caches is fastest; fewer of a wide model are as fast, and take less memory.
     """
     if device_of(model).type != "cpu":
         return 16384
@@ -279,8 +280,7 @@ def batch_of(model: nn.Module, examples: Sequence[Example]) -> Batch:
 def _in_rows(model: nn.Module) -> tuple[bool, bool]:
     """May the completions of one prompt share a row, and rows lie one behind the other?
 
-    Not before `reward.paths.choose` has tried it. Where activations are checkpointed the layers run again in
-    backward, when it is no longer known how rows lie.
+    Not before `reward.paths.choose` has tried it, nor where backward runs layers again, which knows no rows.
     """
     path: Path = getattr(model, "path", Path())
     again = getattr(trunk(model), "is_activation_checkpointing", False)

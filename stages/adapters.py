@@ -6,9 +6,14 @@ from typing import Any
 from stages.errors import SettingsError, suggest
 from stages.libraries import check_block
 
+OURS = {"task_type", "inference_mode"}
 
-def configuration(settings: dict[str, Any] | None) -> Any:
-    """The configuration that a `peft` block stands for; None without one. SettingsError if it is none."""
+
+def configuration(settings: dict[str, Any] | None, place: str = "peft") -> Any:
+    """The configuration that a `peft` block stands for; None without one.
+
+    SettingsError, which names the `place` of the block, if it is none.
+    """
     if settings is None:
         return None
     import peft
@@ -16,11 +21,20 @@ def configuration(settings: dict[str, Any] | None) -> Any:
     kinds = {str(kind.value): config for kind, config in peft.PEFT_TYPE_TO_CONFIG_MAPPING.items()}
     name = str(settings.get("peft_type", "LORA")).upper()
     if name not in kinds:
-        raise SettingsError(f"peft.peft_type: unknown type {name}; {suggest(name, kinds)}")
+        raise SettingsError(f"{place}.peft_type: unknown type {name}; {suggest(name, kinds)}")
     own = {key: value for key, value in settings.items() if key != "peft_type"}
-    check_block("peft", f"peft.{kinds[name].__name__}", own)
+    for ours in OURS & own.keys():
+        raise SettingsError(f"{place}.{ours}: the stage sets it; leave it out")
+    check_block(place, f"peft.{kinds[name].__name__}", own)
     usual = {"target_modules": "all-linear"} if name == "LORA" else {}
-    return kinds[name](task_type="CAUSAL_LM", **usual | own)
+    if own.get("alora_invocation_tokens"):
+        raise SettingsError(
+            f"{place}.alora_invocation_tokens: such adapters cannot be merged into the weights"
+        )
+    try:
+        return kinds[name](task_type="CAUSAL_LM", **usual | own)
+    except (TypeError, ValueError) as error:
+        raise SettingsError(f"{place}: {' '.join(str(error).split())}") from None
 
 
 def with_adapters(model: Any, config: Any) -> Any:

@@ -9,6 +9,16 @@ from transformers import TrainingArguments
 from reward.parallel import place
 from stages.run import Run
 
+UNUSED = {
+    "label_smoothing_factor": 0.0,
+    "train_sampling_strategy": "random",
+    "dataloader_drop_last": False,
+    "auto_find_batch_size": False,
+    "eval_strategy": "no",
+    "eval_on_start": False,
+}
+"""Of TrainingArguments, with their defaults: refused rather than ignored."""
+
 
 @dataclass
 class EngineArguments(TrainingArguments):
@@ -27,6 +37,14 @@ class EngineArguments(TrainingArguments):
         super().__post_init__()
         if self.max_tokens_per_batch is not None and self.max_tokens_per_batch < 1:
             raise ValueError(f"max_tokens_per_batch is {self.max_tokens_per_batch}: give 1 or more")
+        for name in ("per_device_train_batch_size", "gradient_accumulation_steps"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}: give 1 or more")
+        if self.num_train_epochs <= 0 >= self.max_steps:
+            raise ValueError(f"num_train_epochs is {self.num_train_epochs:g}: give more than 0, or max_steps")
+        for name, default in UNUSED.items():
+            if getattr(self, name) != default:
+                raise ValueError(f"{name}: the engine does not use it; leave it out")
 
 
 def arguments(run: Run, trainer: dict[str, Any], kind: Any = EngineArguments, **defaults: Any) -> Any:

@@ -24,6 +24,7 @@ from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
+from stages.adapters import configuration
 from stages.errors import SettingsError, suggest
 from stages.errors import UserError as UserError  # stages take it from here
 from stages.libraries import check_block
@@ -77,7 +78,7 @@ Items = Annotated[str, Reads("items.jsonl")]
 class StageConfig(BaseModel):
     """Base of all stage settings: frozen, and closed to unknown keys."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     seed: int | None = None
     """None: the experiment's seed (or that of --seeds). Stages that make the world fix theirs."""
@@ -173,6 +174,8 @@ def check_libraries(experiment: Experiment, stages: Iterable[str] | None = None)
         for field, block in config.blocks().items():
             if given := getattr(config, field):
                 check_block(f"{experiment.path}: {stage}.{field}", block.target, given)
+        if given := getattr(config, "peft", None):
+            configuration(given, f"{experiment.path}: {stage}.peft")
 
 
 def module(kind: str) -> ModuleType:

@@ -79,7 +79,7 @@ class Config(StageConfig):
     peft: dict[str, Any] | None = None
     """Train adapters instead of all weights: `peft_type` (LORA unless set) and the keys of its configuration
     in the library peft, such as {r: 8, lora_alpha: 16}."""
-    max_length: int | None = None
+    max_length: int | None = Field(None, ge=1)
     """Tokens of prompt and reply; longer pairs are left out and counted. None: what the model takes."""
     trainer: Annotated[dict[str, Any], KeysOf("stages.arguments.EngineArguments")] = {}
 
@@ -109,7 +109,7 @@ class Config(StageConfig):
 
 
 def main(config: Config, run: Run) -> None:
-    from reward.model import load_policy, save
+    from reward.model import load_policy, longest_row, save
     from reward.together import together
     from stages.adapters import configuration, merged, with_adapters
     from stages.arguments import arguments
@@ -121,7 +121,7 @@ def main(config: Config, run: Run) -> None:
     rows = read(config.judgements, Judgement)
     trained_on, kept = ([j for j in rows if (j.split == "train") is trains] for trains in (True, False))
     model, tokenizer = load_policy(config.policy)
-    limit = config.max_length or model.config.max_position_embeddings
+    limit = longest_row(model, config.max_length)
     pairs = judged_pairs(config, tokenizer, trained_on, limit, run)
     if not pairs:
         raise UserError(nothing_to_train_on(trained_on, run))
@@ -135,6 +135,7 @@ def main(config: Config, run: Run) -> None:
     model = with_adapters(model, adapters)
     args = arguments(run, config.trainer, learning_rate=1e-4, lr_scheduler_type="linear", eval_steps=100)
     steps = Epochs(together(pairs), args)
+    check_guards(config, args.eval_steps, len(steps))
     objective = Direct(config.objective, config.parameters, config.sft_weight)
     check_first_batch(model, objective, next(iter(steps.start(0))), run)
     watch = HeldOut(run, objective, together(held_out), config.early_stopping_patience, config.max_kl)
@@ -222,12 +223,23 @@ def with_reference(model: Any, policy: str, pairs: "Sequence[Pair]", run: Run) -
     return [replace(pair, reference=of_pair) for pair, of_pair in zip(pairs, logps, strict=True)]
 
 
+def check_guards(config: Config, eval_steps: float, steps: int) -> None:
+    """What is to end training has to be measured on the way."""
+    every = eval_steps if eval_steps >= 1 else math.ceil(eval_steps * steps)  # below 1: a share, for Trainers
+    if (config.early_stopping_patience or config.max_kl) and not 0 < every <= steps:
+        raise UserError(
+            f"early_stopping_patience and max_kl look every trainer.eval_steps = {eval_steps:g} steps, and "
+            f"there are {steps}: set it to fewer"
+        )
+
+
 def check_first_batch(model: Any, objective: "Direct", batch: "Sequence[Example]", run: Run) -> None:
     """Its loss is finite and, where there is a reference, that of a policy which is the reference."""
     import torch
 
     from reward.together import parts
     from reward.tokens import grouped
+    from stages.engine import not_finite
 
     plain = replace(objective, sft_weight=0.0)
     with torch.no_grad():
@@ -235,7 +247,7 @@ def check_first_batch(model: Any, objective: "Direct", batch: "Sequence[Example]
     loss = sum(losses) / plain.weight(batch)
     run.record(first_batch_loss=loss)
     if not math.isfinite(loss):
-        bad = ", ".join(objective.not_finite)
+        bad = ", ".join(not_finite(plain, model, batch))
         raise UserError(f"the loss of the first batch is {loss}; of these tasks it is not finite: {bad}")
     expected = plain.start(batch)
     if parts(batch)[0].reference and abs(loss - expected) > 1e-3 * max(1.0, abs(expected)):

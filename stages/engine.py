@@ -10,7 +10,7 @@ import ctypes
 import math
 import shutil
 import sys
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -24,6 +24,7 @@ from reward.paths import choose, describe
 from reward.tokens import grouped, token_budget
 from stages.arguments import EngineArguments
 from stages.config import UserError
+from stages.not_finite import not_finite, of_tasks, report_skipped
 from stages.run import Run, is_writer
 
 COMPLETE = "complete"
@@ -110,6 +111,8 @@ class Engine(Trainer):
         self.max_tokens = args.max_tokens_per_batch
         self.sums: dict[str, float] = defaultdict(float)
         self.skipped = 0
+        self.not_finite: Counter[str] = Counter()
+        """How often the loss of a task was not a finite number."""
 
     def get_train_dataloader(self) -> Any:
         return _Loader(self)
@@ -144,7 +147,10 @@ class Engine(Trainer):
             ) from None
         for name, value in metrics.items():
             self.sums[name] += float(value) / weight
-        return float(loss.detach()) / weight
+        found = float(loss.detach())
+        if not math.isfinite(found):
+            self.not_finite.update(not_finite(self.objective, self.model, examples))
+        return found / weight
 
     def _clip_grad_norm(self, model: nn.Module) -> Tensor:
         """Clip; drop the gradients of a step whose norm is not finite, so that the optimiser skips it."""
@@ -158,7 +164,7 @@ class Engine(Trainer):
         if self.skipped >= MAX_SKIPPED:
             raise UserError(
                 f"no finite gradient in {self.skipped} steps in a row (step {self.state.global_step + 1}): "
-                "lower trainer.learning_rate"
+                f"lower trainer.learning_rate{of_tasks(self.not_finite)}"
             )
         return norm
 
@@ -266,6 +272,8 @@ def train(engine: Trainer, run: Run) -> None:
     if newest is not None:
         run.say(f"continuing from {newest.name}")
     engine.train(resume_from_checkpoint=str(newest) if newest else None)
+    if isinstance(engine, Engine):
+        report_skipped(engine.state, engine.not_finite, engine.sums["skipped_steps"], run)
     engine.model.mixed_precision = None  # what comes after training is in full precision
     once(lambda: _remove(folder))
 

@@ -14,7 +14,8 @@ from safetensors.torch import load_file, save_file
 from transformers import TrainerCallback
 
 from reward.batch import Example
-from reward.parallel import summed, wait
+from reward.parallel import wait
+from reward.paths import chosen
 from reward.together import parts
 from reward.tokens import grouped
 from stages.objectives import Direct
@@ -55,9 +56,11 @@ class HeldOut(TrainerCallback):
         self.best = run.path / "best.safetensors"
         self.last: dict[str, float] = {}
 
+    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        if self.pairs:
+            chosen(model, self.pairs)  # now, not on the way: a run that is continued takes the same path
+
     def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        if bad := summed(self.objective.not_finite):
-            self.run.record(not_finite_loss={task: int(count) for task, count in bad.items()})
         if not self.pairs or not state.eval_steps or state.global_step % state.eval_steps:
             return
         found = measure(model, self.objective, self.pairs)
@@ -98,6 +101,12 @@ class HeldOut(TrainerCallback):
             wait()  # until all have read it
             self.best.unlink(missing_ok=True)
         self.run.record(**found, held_out_pairs=len(parts(self.pairs)))
+        if found and self.max_kl is not None and (kl := drift(found)) > self.max_kl:
+            self.run.record(beyond_max_kl=kl)
+            self.run.say(
+                f"in the end held-out replies have lost {kl:.2f} nats on average, more than max_kl "
+                f"{self.max_kl:g}: to stop closer to it, set trainer.eval_steps lower"
+            )
         if line := falls(found or self.last):
             self.run.record(chosen_falls=line)
             self.run.say(line)

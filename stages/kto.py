@@ -15,6 +15,8 @@ should rise, `kl` is that estimate. The first batch has a loss of 0.5.
 from collections.abc import Sequence
 from typing import Annotated, Any
 
+from pydantic import Field
+
 from annotate.records import Judgement, read
 from stages.config import Judgements, KeysOf, Model, StageConfig, UserError
 from stages.rm import comparisons, who
@@ -26,7 +28,7 @@ VERSION = 1
 class Config(StageConfig):
     policy: Model
     judgements: Judgements
-    max_length: int | None = None
+    max_length: int | None = Field(None, ge=1)
     """Tokens of prompt and reply; longer pairs are left out and counted. None: what the model takes."""
     trainer: Annotated[dict[str, Any], KeysOf("trl.KTOConfig")] = {}
 
@@ -35,7 +37,7 @@ def main(config: Config, run: Run) -> None:
     from datasets import Dataset
     from trl import KTOConfig, KTOTrainer
 
-    from reward.model import load_policy, save
+    from reward.model import load_policy, longest_row, save
     from stages.arguments import arguments
     from stages.engine import Reporting, train
 
@@ -45,7 +47,7 @@ def main(config: Config, run: Run) -> None:
 
     judgements = [j for j in read(config.judgements, Judgement) if j.split == "train"]
     model, tokenizer = load_policy(config.policy)
-    limit = config.max_length or model.config.max_position_embeddings
+    limit = longest_row(model, config.max_length)
     args = arguments(
         run,
         config.trainer,

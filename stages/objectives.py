@@ -5,9 +5,8 @@ natural logs of whole completions. Each direct loss returns its value (B,) and t
 ranks by. Where they come from and when to choose which: stages/objectives.md.
 """
 
-from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -33,6 +32,14 @@ class Pair(Example):
     strength: float = 1.0
     """How much better the first is on average, up to 3; 0 for a tie."""
     task: str = ""
+
+
+@dataclass(frozen=True)
+class Demonstration(Example):
+    """A prompt with the completion to learn, or plain text."""
+
+    task: str = ""
+    """What to call it by."""
 
 
 class Judged(NamedTuple):
@@ -175,8 +182,6 @@ class Direct:
     name: str
     parameters: dict[str, float]
     sft_weight: float = 0.0
-    not_finite: Counter[str] = field(default_factory=Counter)
-    """How often the loss of a task was not a finite number."""
 
     def weight(self, examples: Sequence[Example]) -> float:
         return len(parts(examples))
@@ -187,10 +192,8 @@ class Direct:
         x = Judged.of(pairs, of_parts(examples, logps.sum(1)))
         loss, rewards = self.of(x)
         if self.sft_weight:
-            loss = loss - self.sft_weight * x.policy[:, 0] / x.lengths[:, 0]
-        bad = ~loss.detach().isfinite()
-        if bad.any():
-            self.not_finite.update(pairs[i].task for i in bad.nonzero().flatten().tolist())
+            best = x.policy[:, 0] / x.lengths[:, 0]
+            loss = loss - self.sft_weight * torch.where(x.strength > 0, best, 0.0)  # a tie has no best
         right = (rewards[:, 0] > rewards[:, 1:].amax(1)).float()
         moved, name = x.ratio.detach(), "_change" if pairs[0].reference else ""
         return loss.sum(), {

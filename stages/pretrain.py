@@ -52,7 +52,7 @@ class Config(StageConfig):
     hidden: int = 128
     layers: int = 2
     heads: int = 4
-    positions: int = 512
+    positions: int = Field(512, ge=2)
     """Longest sequence the model takes, in tokens; longer documents are cut into pieces."""
     trainer: Annotated[dict[str, Any], KeysOf("stages.arguments.EngineArguments")] = {}
 
@@ -74,11 +74,10 @@ class Config(StageConfig):
 
 
 def main(config: Config, run: Run) -> None:
-    from reward.batch import Example
     from reward.model import load_policy, save
     from stages.arguments import arguments
     from stages.engine import Engine, Epochs, Reporting, train
-    from stages.objectives import NLL
+    from stages.objectives import NLL, Demonstration
 
     documents = read_documents([config.corpus, *config.texts])
     if config.model:
@@ -88,13 +87,13 @@ def main(config: Config, run: Run) -> None:
         model = new_model(config, tokenizer)
     size = min(config.positions, getattr(model.config, "max_position_embeddings", config.positions)) - 1
     pieces = [
-        ids[start : start + size]
-        for ids in tokenizer(documents, add_special_tokens=False)["input_ids"]
+        (f"document {number}", ids[start : start + size])
+        for number, ids in enumerate(tokenizer(documents, add_special_tokens=False)["input_ids"], 1)
         for start in range(0, len(ids), size)
     ]
     end = tokenizer.eos_token_id
-    examples = [Example([end], ([*piece, end],)) for piece in pieces if len(piece) < size]
-    examples += [Example([end], (piece,)) for piece in pieces if len(piece) == size]
+    examples = [Demonstration([end], ([*p, end],), name) for name, p in pieces if len(p) < size]
+    examples += [Demonstration([end], (p,), name) for name, p in pieces if len(p) == size]
 
     args = arguments(run, config.trainer, learning_rate=2e-3, warmup_steps=20, lr_scheduler_type="cosine")
     train(Engine(model, args, NLL(), Epochs(examples, args), [Reporting(run, "base model")]), run)

@@ -18,6 +18,8 @@ from itertools import groupby
 from operator import itemgetter
 from typing import TYPE_CHECKING, Annotated, Any
 
+from pydantic import Field
+
 from annotate.records import Judgement, read
 from stages.config import Judgements, KeysOf, Model, StageConfig, UserError
 from stages.run import Run
@@ -34,14 +36,14 @@ FAULTS = ("too_long", "prompt_too_long", "identical", "no_verdict", "not_a_pair"
 class Config(StageConfig):
     policy: Model
     judgements: Judgements
-    max_length: int | None = None
+    max_length: int | None = Field(None, ge=1)
     """Tokens of prompt and reply; longer comparisons are left out and counted. None: what the model takes."""
     trainer: Annotated[dict[str, Any], KeysOf("stages.arguments.EngineArguments")] = {}
 
 
 def main(config: Config, run: Run) -> None:
     from reward.losses import PreferenceLikelihood
-    from reward.model import load_reward, new_reward_model, save
+    from reward.model import load_reward, longest_row, new_reward_model, save
     from reward.parallel import wait
     from reward.together import together
     from stages.arguments import arguments
@@ -51,7 +53,7 @@ def main(config: Config, run: Run) -> None:
     train_rows = [j for j in judgements if j.split == "train"]
     held_out = [j for j in judgements if j.split != "train"]
     model, tokenizer = new_reward_model(config.policy)
-    limit = config.max_length or model.config.max_position_embeddings
+    limit = longest_row(model, config.max_length)
     examples = comparisons(tokenizer, train_rows, limit, run)
 
     args = arguments(run, config.trainer, learning_rate=3e-4, lr_scheduler_type="cosine")
@@ -173,13 +175,16 @@ def score_differences(
     model: Any, tokenizer: Any, judgements: Sequence[Judgement], limit: int
 ) -> list[float | None]:
     """Score of the first completion minus that of the second; None where the model cannot hold the pair."""
+    from reward.paths import chosen
     from reward.together import each_once
     from reward.tokens import encode, rewards
 
     examples = encode(tokenizer, [(j.prompt, j.completions[:2]) for j in judgements])
     fits = [i for i, example in enumerate(examples) if example.length <= limit]
     differences: list[float | None] = [None] * len(examples)
-    found = each_once([examples[i] for i in fits], lambda distinct: rewards(model, distinct))
+    found = each_once(
+        [examples[i] for i in fits], lambda distinct: rewards(chosen(model, distinct), distinct)
+    )
     for i, (first, second) in zip(fits, found, strict=True):
         differences[i] = first - second
     return differences
@@ -198,6 +203,8 @@ def check_reload(model: Any, reloaded: Any, examples: Sequence[Any]) -> None:
         torch.tensor([score for of_one in rewards(scorer, examples) for score in of_one])
         for scorer in (model, reloaded)
     )
+    if not trained.isfinite().all():
+        raise UserError("the reward model gives scores that are not finite numbers: it cannot be used")
     if not torch.allclose(trained, saved, rtol=1e-4, atol=1e-5):
         raise UserError("the saved reward model does not score as the trained one did: do not use it")
 

@@ -13,6 +13,8 @@ reproduces on the same batches (tests/test_sft.py).
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
+from pydantic import Field
+
 from annotate.records import Record, read
 from stages.config import KeysOf, Model, Records, StageConfig, UserError
 from stages.run import Run
@@ -26,25 +28,28 @@ VERSION = 3
 class Config(StageConfig):
     model: Model
     data: Records
-    max_length: int | None = None
+    max_length: int | None = Field(None, ge=1)
     """Tokens of prompt and completion; longer rows are left out and counted, since a cut row would not teach
     to stop. None: what the model takes."""
-    max_new_tokens: int = 96
+    max_new_tokens: int = Field(96, ge=1)
     """Limit of the replies by which self-stopping is measured."""
     trainer: Annotated[dict[str, Any], KeysOf("stages.arguments.EngineArguments")] = {}
 
 
 def main(config: Config, run: Run) -> None:
-    from reward.model import load_policy, load_tokenizer, save
+    from reward.model import load_policy, load_tokenizer, longest_row, save
     from stages.arguments import arguments
     from stages.engine import Engine, Epochs, Reporting, train
     from stages.objectives import NLL
 
-    records = [r for r in read(config.data, Record) if r.split == "train" and r.use == "sft" and r.completion]
+    rows = [r for r in read(config.data, Record) if r.split == "train" and r.use == "sft"]
+    records = [record for record in rows if record.completion]
+    if empty := [record.id for record in rows if not record.completion]:
+        run.say(f"left out {len(empty)} records without a completion ({empty[0]}, ...)")
+    run.record(dropped_empty=len(empty))
     model, tokenizer = load_policy(config.model)
     run.record(added_to_the_checkpoint=load_tokenizer(config.model)[1])
-    limit = min(config.max_length or 10**9, getattr(model.config, "max_position_embeddings", 10**9))
-    examples = demonstrations(tokenizer, records, limit, run)
+    examples = demonstrations(tokenizer, records, longest_row(model, config.max_length), run)
 
     args = arguments(run, config.trainer, learning_rate=1e-3, lr_scheduler_type="cosine")
     train(Engine(model, args, NLL(), Epochs(examples, args), [Reporting(run, "SFT")]), run)
@@ -55,8 +60,10 @@ def main(config: Config, run: Run) -> None:
 def demonstrations(tokenizer: Any, records: Sequence[Record], limit: int, run: Run) -> "list[Example]":
     """An example of every demonstration that fits, ending in the stop token; counts the others."""
     from reward.tokens import encode
+    from stages.objectives import Demonstration
 
-    examples, long = [], []
+    examples: list[Example] = []
+    long = []
     encoded = encode(tokenizer, [(record.prompt, [record.completion or ""]) for record in records])
     for record, example in zip(records, encoded, strict=True):
         if example.length > limit:
@@ -68,7 +75,7 @@ def demonstrations(tokenizer: Any, records: Sequence[Record], limit: int, run: R
             )
         if example.completions[0][-1] != tokenizer.eos_token_id:
             raise UserError(f"record {record.id} does not end in the stop token: the model would never stop")
-        examples.append(example)
+        examples.append(Demonstration(example.prompt, example.completions, record.id))
     run.record(rows=len(examples), dropped_too_long=len(long), dropped_ids=long[:20], truncated=0)
     if not examples:
         raise UserError(
@@ -84,12 +91,13 @@ def demonstrations(tokenizer: Any, records: Sequence[Record], limit: int, run: R
 
 def measure_stopping(model: Any, tokenizer: Any, records: Sequence[Record], limit: int, run: Run) -> None:
     """Share of 32 sampled replies that end by themselves."""
+    from reward.model import longest_row
     from reward.sampler import Sampler
     from reward.tokens import prompts_ids
 
     chosen = [records[i * len(records) // 32] for i in range(32)]
     prompts = prompts_ids(tokenizer, [record.prompt for record in chosen])
-    room = getattr(model.config, "max_position_embeddings", 10**9) - limit
+    room = longest_row(model) - limit
     fits = [prompt for prompt in prompts if len(prompt) <= room]
     keys = [f"{run.seed}/sft/{i}" for i in range(len(fits))]
     samples = Sampler(model, tokenizer, limit).sample(fits, keys)

@@ -156,6 +156,15 @@ def test_nothing_held_out_to_stop_by(smoke, tmp_path):
         (["dpo.objective=simpo", "dpo.label_smoothing=0.1"], "dpo: objective simpo has no label_smoothing"),
         (["dpo.objective=orpo", "dpo.max_kl=1"], "dpo: objective orpo has no reference"),
         (["dpo.beta=0"], "dpo.beta: Input should be greater than 0"),
+        (["dpo.sft_weight=.inf"], "dpo.sft_weight: Input should be a finite number"),
+        (["dpo.max_length=0"], "dpo.max_length: Input should be greater than or equal to 1"),
+        (
+            ["dpo.trainer.num_train_epochs=0", "dpo.trainer.max_steps=-1"],
+            "num_train_epochs is 0: give more than 0, or max_steps",
+        ),
+        (["dpo.trainer.per_device_train_batch_size=0"], "per_device_train_batch_size is 0: give 1 or more"),
+        (["dpo.trainer.label_smoothing_factor=0.1"], "label_smoothing_factor: the engine does not use it"),
+        (["dpo.trainer.eval_strategy=steps"], "eval_strategy: the engine does not use it; leave it out"),
     ],
 )
 def test_an_objective_that_cannot_be(smoke, overrides, line):
@@ -167,10 +176,12 @@ def test_an_objective_that_cannot_be(smoke, overrides, line):
     [
         ("{rank: 8}", "peft.rank: peft.LoraConfig has no such setting"),
         ("{peft_type: lorra}", "did you mean LORA?"),
+        ("{task_type: SEQ_CLS}", "dpo.peft.task_type: the stage sets it; leave it out"),
+        ("{peft_type: ADALORA}", "dpo.peft: AdaLoRA does not work when `total_step` is None"),
     ],
 )
 def test_adapters_that_cannot_be(smoke, block, line):
-    assert line in smoke("dpo", f"dpo.peft={block}")
+    assert line in smoke("dpo", f"dpo.peft={block}", code=2)
 
 
 def test_a_reward_model_of_another_vocabulary(smoke, finished, tmp_path):

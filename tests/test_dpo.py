@@ -5,13 +5,15 @@ import math
 
 import numpy
 import pytest
+import torch
+from transformers import BloomConfig, BloomForCausalLM, MistralConfig, MistralForCausalLM
 
 from reward.batch import Example
 from reward.model import load_policy
 from reward.tokens import completion_ids, logprobs, prompt_ids
 from stages import dpo
 from stages.config import UserError
-from stages.held_out import drift, falls
+from stages.held_out import HeldOut, drift, falls
 from stages.objectives import Direct
 from tests import tiny
 
@@ -319,10 +321,66 @@ def test_a_training_that_diverges_names_the_tasks(tmp_path, policy):
     run = tiny.run_in(tmp_path / "run")
     path = tiny.rows_file(tmp_path / "judgements.jsonl", judged())
     trainer = TRAINER | {"learning_rate": 1e30, "max_steps": 40}
-    with pytest.raises(UserError, match="no finite gradient"):
+    with pytest.raises(UserError, match=r"no finite gradient in .*\(the loss is not finite of ") as error:
         dpo.main(dpo.Config(policy=policy, judgements=path, trainer=trainer), run)
-    named = set(run.manifest.facts["not_finite_loss"])
-    assert named and named <= {row.task for row in judged()}
+    named = str(error.value).rpartition(" of ")[2].rstrip(")").removesuffix(", ...").split(", ")
+    assert len(named) == 5 and set(named) <= {row.task for row in judged()}
+
+
+def test_rows_longer_than_those_trained_on_are_measured_as_they_are(tmp_path, policy):
+    """A sliding window that no row of the training is longer than: shared rows would not know of it."""
+    tokenizer = load_policy(policy)[1]
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = MistralConfig(
+        vocab_size=len(tokenizer), num_key_value_heads=2, sliding_window=40, initializer_range=0.3, **sizes
+    )
+    torch.manual_seed(0)
+    MistralForCausalLM(config).save_pretrained(tmp_path / "window")
+    tokenizer.save_pretrained(tmp_path / "window")
+    long = [tiny.judgement(100 + i, KIND * 4, RUDE * 4, 1, "validation") for i in range(2)]
+    settings = {"trainer": TRAINER | {"learning_rate": 1e-30}}
+    run = stage(tmp_path / "run", str(tmp_path / "window"), judged() + long, **settings)
+    assert run.manifest.metrics["held_out_loss"] == pytest.approx(math.log(2), abs=1e-4)
+    assert run.manifest.metrics["held_out_logps_chosen_change"] == pytest.approx(0, abs=1e-3)
+
+
+def test_a_model_without_positions_sets_no_limit(tmp_path, policy):
+    tokenizer = load_policy(policy)[1]
+    torch.manual_seed(0)
+    config = BloomConfig(vocab_size=len(tokenizer), hidden_size=16, n_layer=2, n_head=2)
+    BloomForCausalLM(config).save_pretrained(tmp_path / "alibi")
+    tokenizer.save_pretrained(tmp_path / "alibi")
+    run = stage(tmp_path / "run", str(tmp_path / "alibi"), judged())
+    assert run.manifest.metrics["pairs"] == 24 and "a row for each completion" in run.manifest.facts["path"]
+
+
+def test_a_row_longer_than_the_model_is_left_out_whatever_is_asked_for(tmp_path, policy):
+    rows = [*judged(), tiny.judgement(50, KIND * 10, RUDE, 1)]
+    run = stage(tmp_path / "run", policy, rows, max_length=10_000)
+    assert run.manifest.metrics["pairs"] == 24 and run.manifest.facts["dropped"]["too_long"] == 1
+
+
+def test_a_guard_that_would_never_look(tmp_path, policy):
+    for settings in ({"max_kl": 1.0}, {"early_stopping_patience": 1}):
+        for every in (13, 0):
+            with pytest.raises(UserError, match=f"trainer.eval_steps = {every} steps, and there are 12"):
+                stage(
+                    tmp_path / "run",
+                    policy,
+                    judged() + WRONG,
+                    trainer=TRAINER | {"eval_steps": every},
+                    **settings,
+                )
+
+
+def test_what_was_lost_after_the_guard_last_looked_is_said(tmp_path, monkeypatch, capsys):
+    change = {"held_out_logps_chosen_change": -3.0, "held_out_logps_rejected_change": -1.0}
+    monkeypatch.setattr("stages.held_out.measure", lambda *_: change)
+    for max_kl, beyond in ((2.5, None), (1.5, 2.0)):
+        run = tiny.run_in(tmp_path / str(max_kl), "dpo")
+        HeldOut(run, Direct("ipo", {"beta": 1.0}), [Example([1], ([2], [3]))], None, max_kl).finish(None)
+        assert run.manifest.metrics.get("beyond_max_kl") == beyond
+    assert "have lost 2.00 nats on average, more than max_kl 1.5" in capsys.readouterr().out
 
 
 def test_nothing_to_stop_by(tmp_path, policy):

@@ -13,6 +13,7 @@ from reward.batch import Example
 from reward.model import load_policy, load_tokenizer
 from reward.tokens import completion_ids, logprobs, prompt_ids
 from stages.dpo import PARAMETERS, REFERENCE_FREE
+from stages.not_finite import not_finite
 from stages.objectives import LOSSES, NLL, Direct, Judged, Pair
 from tests import tiny
 
@@ -254,9 +255,15 @@ def test_without_a_reference_no_change_is_logged(folder, policy, reference, name
 def test_a_loss_that_is_not_finite_is_put_down_to_its_task(folder, policy, reference):
     good, bad, other = pairs(load_tokenizer(folder)[0], reference)
     bad = Pair(bad.prompt, bad.completions, (math.nan, 0.0), task="here")
-    objective = direct("sigmoid")
-    objective.loss(policy, [good, bad, other])
-    assert objective.not_finite == {"here": 1}
+    assert not_finite(direct("sigmoid"), policy, [good, bad, other]) == ["here"]
+
+
+def test_of_a_tie_no_reply_is_held_up(folder, policy, reference):
+    tie = replace(pairs(load_tokenizer(folder)[0], reference)[0], votes=(0.5, 0.0, 0.5), strength=0.0)
+    other_way = replace(tie, completions=tie.completions[::-1], reference=tie.reference[::-1])
+    objective = direct("ties", sft_weight=1.0)
+    one, other = (objective.loss(policy, [row])[0].item() for row in (tie, other_way))
+    assert one == pytest.approx(other, abs=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM, BloomConfig, Gemma2Config, GPT2LM
 from reward.batch import Batch, Example, micro_batches
 from reward.head import head_logprobs
 from reward.model import load_policy, new_reward_model
-from reward.paths import choose, describe
+from reward.paths import choose, chosen, describe
 from reward.tokens import batch_of, forward, logprobs, rewards
 from tests import tiny
 
@@ -134,6 +134,22 @@ def test_a_head_that_caps_its_logits_is_noticed():
     plain = flat(logprobs(model, EXAMPLES))
     assert not choose(model, EXAMPLES).head
     torch.testing.assert_close(flat(logprobs(model, EXAMPLES)), plain, atol=1e-5, rtol=0)
+
+
+def test_a_cap_that_small_logits_do_not_reach_is_noticed():
+    config = Gemma2Config(**SIZES, num_key_value_heads=2, head_dim=8, intermediate_size=32)
+    config.final_logit_softcapping = 1e4
+    path = choose(built(config), EXAMPLES)
+    assert not path.head and "logits are capped" in path.why[2]
+
+
+def test_longer_rows_are_tried_again():
+    config = MistralConfig(**SIZES, num_key_value_heads=2, intermediate_size=32, sliding_window=16)
+    model = built(config)
+    short = [Example([5, 6, 7], ([8, 9, 1], [10, 1]))]
+    assert chosen(model, short).path.shares and chosen(model, short[:1]).path.length == 6
+    assert not chosen(model, [*short, Example(list(range(5, 45)), ([8, 9, 1], [10, 1]))]).path.shares
+    assert chosen(model, short).path.length == 43
 
 
 def test_a_model_that_refuses_such_masks_keeps_plain_rows():

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from transformers import GenerationConfig, Lfm2Config, Lfm2ForCausalLM
+from transformers import GenerationConfig, Lfm2Config, Lfm2ForCausalLM, MambaConfig, MambaForCausalLM
 
 from annotate.records import DataError
 from reward.batch import Example
@@ -193,6 +193,24 @@ def test_sampling_leaves_the_training_mode_and_tells_the_bar(llama):
 
 def tokens(samples):
     return [s.tokens for s in samples]
+
+
+def test_rows_of_a_model_without_keys_are_read_again():
+    """Mamba returns no `past_key_values`: repeated prompts, rows that end early, the log-probabilities."""
+    tokenizer = tiny.tokenizer_of()
+    torch.manual_seed(0)
+    config = MambaConfig(vocab_size=len(tokenizer), hidden_size=16, state_size=4, num_hidden_layers=2)
+    sampler = Sampler(MambaForCausalLM(config), tokenizer, 20)
+    prompts = [prompt for prompt in PROMPTS[:4] for _ in range(3)]
+    keys = [f"{key}/{i}" for key in KEYS[:4] for i in range(3)]
+    sampler.stop = sampler.sample(prompts[:1], keys[:1])[0].tokens[2]
+    together = sampler.sample(prompts, keys)
+    assert {len(sample.tokens) for sample in together} > {20}
+    alone = [sampler.sample([p], [k])[0] for p, k in zip(prompts, keys, strict=True)]
+    assert tokens(together) == tokens(alone)
+    rows = [Example(p, (sample.tokens,)) for p, sample in zip(prompts, together, strict=True)]
+    for sample, (exact,) in zip(together, logprobs(sampler.model, rows), strict=True):
+        assert sample.logprobs == pytest.approx(exact, abs=1e-4)
 
 
 def test_states_of_convolutions_go_with_their_rows():

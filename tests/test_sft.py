@@ -1,9 +1,13 @@
 """SFT stage: every row teaches to stop, nothing is cut, any local folder can be the base."""
 
 import json
+import math
 
 import pytest
+import torch
+from transformers import MambaConfig, MambaForCausalLM
 
+from annotate.records import DataError
 from reward.batch import Example
 from reward.model import load_policy, load_tokenizer
 from reward.tokens import completion_ids, logprobs, prompt_ids
@@ -131,6 +135,51 @@ def test_nothing_to_train_on(tmp_path, folders):
             stage(tmp_path / "run", folders["llama"], rows)
     with pytest.raises(UserError, match="3 longer than 5 tokens"):
         stage(tmp_path / "run", folders["llama"], tiny.records(3), max_length=5)
+
+
+def test_records_without_a_completion_are_counted(tmp_path, folders, capsys):
+    rows = tiny.records(12)
+    rows[3:5] = [
+        rows[3].model_copy(update={"completion": ""}),
+        rows[4].model_copy(update={"completion": None}),
+    ]
+    run = stage(tmp_path / "run", folders["llama"], rows)
+    assert run.manifest.metrics["dropped_empty"] == 2 and run.manifest.metrics["rows"] == 10
+    assert f"left out 2 records without a completion ({rows[3].id}, ...)" in capsys.readouterr().out
+
+
+def test_steps_that_a_bad_row_spoils_are_said_and_the_row_is_named(tmp_path, folders, capsys, monkeypatch):
+    """One token whose embedding is not a number, in one row of twelve."""
+    rows = tiny.records(12)
+    rows[5] = rows[5].model_copy(update={"completion": "Zzz"})
+    model, tokenizer = load_policy(folders["llama"])
+    with torch.no_grad():
+        model.get_input_embeddings().weight[tokenizer("Z")["input_ids"][0]] = math.nan
+    model.save_pretrained(tmp_path / "bad")
+    tokenizer.save_pretrained(tmp_path / "bad")
+    with pytest.raises(DataError, match="the model's logits are not finite numbers"):
+        stage(tmp_path / "sampled", str(tmp_path / "bad"), rows, max_new_tokens=100)
+    monkeypatch.setattr(sft, "measure_stopping", lambda *_: None)
+    run = stage(tmp_path / "run", str(tmp_path / "bad"), rows)
+    assert run.manifest.facts["not_finite_loss"] == {rows[5].id: 6}
+    assert run.manifest.metrics["skipped_steps"] == 6
+    line = (
+        f"6 of 18 steps had no finite gradient (the loss is not finite of {rows[5].id}): they changed nothing"
+    )
+    assert line in capsys.readouterr().out
+    with pytest.raises(UserError, match=r"6 of 6 steps .*: nothing was trained"):
+        stage(tmp_path / "all", str(tmp_path / "bad"), rows[5:6])
+
+
+def test_a_model_with_neither_positions_nor_a_cache_of_keys(tmp_path, folders):
+    tokenizer = load_tokenizer(folders["llama"])[0]
+    sizes = {"hidden_size": 16, "state_size": 4, "num_hidden_layers": 2, "initializer_range": 0.3}
+    torch.manual_seed(0)
+    config = MambaConfig(vocab_size=len(tokenizer), pad_token_id=0, eos_token_id=1, **sizes)
+    MambaForCausalLM(config).save_pretrained(tmp_path / "mamba")
+    tokenizer.save_pretrained(tmp_path / "mamba")
+    run = stage(tmp_path / "run", str(tmp_path / "mamba"), gate="warn")
+    assert run.manifest.metrics["rows"] == 12 and 0 <= run.manifest.metrics["self_stopping"] <= 1
 
 
 def test_a_row_that_does_not_end_in_the_stop_token_is_noticed(tmp_path, folders, monkeypatch):

@@ -12,6 +12,7 @@ from reward.model import load_policy, new_reward_model
 from reward.paths import choose
 from reward.together import Together, each_once, of_parts, parts, together
 from stages.dpo import PARAMETERS
+from stages.not_finite import not_finite
 from stages.objectives import Direct, Pair
 from tests import tiny
 
@@ -107,9 +108,7 @@ def test_what_is_not_finite_stays_with_its_own(folder):
     model = load_policy(folder)[0]
     pairs = judged()
     pairs[1] = replace(pairs[1], reference=(math.nan, 0.0))
-    objective = Direct("sigmoid", PARAMETERS["sigmoid"])
-    objective.loss(model, together(pairs))
-    assert objective.not_finite == {"23": 1}
+    assert not_finite(Direct("sigmoid", PARAMETERS["sigmoid"]), model, together(pairs)) == ["23"]
     values = torch.tensor([0.0, math.inf, 2.0, 3.0, 4.0, 5.0])
     assert of_parts(together(compared()), values).isfinite().sum() == 8
 
