@@ -140,7 +140,7 @@ def main(config: Config, run: Run) -> None:
     check_first_batch(model, objective, next(iter(steps.start(0))), run)
     watch = HeldOut(run, objective, together(held_out), config.early_stopping_patience, config.max_kl)
     reporting = Reporting(run, "DPO", ("loss", "accuracy", "margin"))
-    train(Engine(model, args, objective, steps, [reporting, watch]), run)
+    train(Engine(model, args, objective, steps, [watch, reporting]), run)
     watch.finish(model)
     save(merged(model), tokenizer, run.output("model"))
     run.record(labelled_by=who(trained_on))

@@ -10,6 +10,7 @@ import ctypes
 import math
 import shutil
 import sys
+import warnings
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -271,7 +272,9 @@ def train(engine: Trainer, run: Run) -> None:
     newest = once(lambda: _newest(folder))
     if newest is not None:
         run.say(f"continuing from {newest.name}")
-    engine.train(resume_from_checkpoint=str(newest) if newest else None)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)  # TRL asks for it
+        engine.train(resume_from_checkpoint=str(newest) if newest else None)
     if isinstance(engine, Engine):
         report_skipped(engine.state, engine.not_finite, engine.sums["skipped_steps"], run)
     engine.model.mixed_precision = None  # what comes after training is in full precision

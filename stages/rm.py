@@ -204,7 +204,10 @@ def check_reload(model: Any, reloaded: Any, examples: Sequence[Any]) -> None:
         for scorer in (model, reloaded)
     )
     if not trained.isfinite().all():
-        raise UserError("the reward model gives scores that are not finite numbers: it cannot be used")
+        raise UserError(
+            "the reward model gives scores that are not finite numbers: the policy that it started from has "
+            "such weights, or trainer.learning_rate is too high"
+        )
     if not torch.allclose(trained, saved, rtol=1e-4, atol=1e-5):
         raise UserError("the saved reward model does not score as the trained one did: do not use it")
 
