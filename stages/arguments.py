@@ -14,8 +14,6 @@ UNUSED = {
     "train_sampling_strategy": "random",
     "dataloader_drop_last": False,
     "auto_find_batch_size": False,
-    "eval_strategy": "no",
-    "eval_on_start": False,
 }
 """Of TrainingArguments, with their defaults: refused rather than ignored."""
 

@@ -164,7 +164,10 @@ def test_nothing_held_out_to_stop_by(smoke, tmp_path):
         ),
         (["dpo.trainer.per_device_train_batch_size=0"], "per_device_train_batch_size is 0: give 1 or more"),
         (["dpo.trainer.label_smoothing_factor=0.1"], "label_smoothing_factor: the engine does not use it"),
-        (["dpo.trainer.eval_strategy=steps"], "eval_strategy: the engine does not use it; leave it out"),
+        (
+            ["dpo.trainer.dataloader_drop_last=true"],
+            "dataloader_drop_last: the engine does not use it; leave it",
+        ),
     ],
 )
 def test_an_objective_that_cannot_be(smoke, overrides, line):
