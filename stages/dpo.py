@@ -239,7 +239,7 @@ def check_first_batch(model: Any, objective: "Direct", batch: "Sequence[Example]
 
     from reward.together import parts
     from reward.tokens import grouped
-    from stages.engine import not_finite
+    from stages.not_finite import not_finite
 
     plain = replace(objective, sft_weight=0.0)
     with torch.no_grad():
