@@ -121,10 +121,11 @@ def sampled(args: Any, steps: int) -> int:
 
 def rows(policy: Any, tokenizer: Any, records: Sequence[Record], reply: int) -> list[dict[str, Any]]:
     """For each record its messages, which TRL will render, and their token ids."""
+    from reward.model import longest_row
     from reward.tokens import prompts_ids
 
     made = []
-    limit = getattr(policy.config, "max_position_embeddings", math.inf)
+    limit = longest_row(policy)
     prompts = prompts_ids(tokenizer, [record.prompt for record in records])
     for record, ids in zip(records, prompts, strict=True):
         if len(ids) + reply > limit:

@@ -74,7 +74,7 @@ class Config(StageConfig):
 
 
 def main(config: Config, run: Run) -> None:
-    from reward.model import load_policy, save
+    from reward.model import load_policy, longest_row, save
     from stages.arguments import arguments
     from stages.engine import Engine, Epochs, Reporting, train
     from stages.objectives import NLL, Demonstration
@@ -85,7 +85,7 @@ def main(config: Config, run: Run) -> None:
     else:
         tokenizer = train_tokenizer(documents, config.vocabulary, config.superwords)
         model = new_model(config, tokenizer)
-    size = min(config.positions, getattr(model.config, "max_position_embeddings", config.positions)) - 1
+    size = longest_row(model, config.positions) - 1
     pieces = [
         (f"document {number}", ids[start : start + size])
         for number, ids in enumerate(tokenizer(documents, add_special_tokens=False)["input_ids"], 1)
