@@ -35,7 +35,7 @@ class Label(Closed):
     token: Annotated[str, Field(pattern=f"^{TOKEN.pattern}$")]
     preference: Annotated[int, Field(ge=-3, le=3)] | None
     """None: skipped, or the form asks for no comparison."""
-    answers: Answers = Answers()
+    answers: Answers = Field(default_factory=Answers)
     form: Annotated[str, Field(pattern="^[0-9a-f]{16}$")] | None = None
     """That was filled in, as `Store.form` names it; None: the plain comparison."""
     both_bad: bool = False

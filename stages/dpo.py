@@ -10,15 +10,15 @@ Writes   model/       the optimised policy; adapters, if any, are merged into it
 
 stages/objectives.md says what each objective is and when to choose it. Pairs of one prompt that share replies
 are one example of a batch (reward/together.py), in which each weighs the same. The reference's
-log-probabilities are computed once. The first batch must then have the loss of a policy that is its reference
-(ln 2 for `sigmoid`).
+log-probabilities are computed once, of the pairs that training comes to. The first batch must then have the
+loss of a policy that is its reference (ln 2 for `sigmoid`).
 Pairs of validation and test are measured every `trainer.eval_steps` steps (100 unless set) and at the end.
 """
 
 import math
 from collections.abc import Sequence
 from dataclasses import replace
-from itertools import groupby
+from itertools import groupby, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Self
 
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from reward.losses import Comparison
     from stages.objectives import Direct, Pair
 
-VERSION = 3
+VERSION = 4
 
 PARAMETERS = {
     "sigmoid": {"beta": 0.1, "label_smoothing": 0.0, "margin": 0.0},
@@ -128,12 +128,15 @@ def main(config: Config, run: Run) -> None:
     held_out = judged_pairs(config, tokenizer, kept, limit, run, "held_out_")
     if not held_out and (config.early_stopping_patience or config.max_kl):
         raise UserError("no held-out pair to stop by: early_stopping_patience and max_kl need some")
+    args = arguments(run, config.trainer, learning_rate=1e-4, lr_scheduler_type="linear", eval_steps=100)
+    drawn = come_to(pairs, args)
     if config.objective not in REFERENCE_FREE:  # which is the policy before training, without adapters
-        pairs, held_out = (with_reference(model, config.policy, part, run) for part in (pairs, held_out))
-    run.record(pairs_trained=len(pairs), parameters=config.parameters)
+        known = {pair.task: pair for pair in with_reference(model, config.policy, drawn, run)}
+        pairs = [known.get(pair.task, pair) for pair in pairs]
+        held_out = with_reference(model, config.policy, held_out, run)
+    run.record(pairs_trained=len(drawn), parameters=config.parameters)
 
     model = with_adapters(model, adapters)
-    args = arguments(run, config.trainer, learning_rate=1e-4, lr_scheduler_type="linear", eval_steps=100)
     steps = Epochs(together(pairs), args)
     check_guards(config, args.eval_steps, len(steps))
     objective = Direct(config.objective, config.parameters, config.sft_weight)
@@ -209,6 +212,16 @@ def rankings(
 def _ranking(preference: int | None) -> list[int]:
     """As a ranking: the smaller number is the better completion."""
     return [] if preference is None else [-preference, preference]
+
+
+def come_to(pairs: "Sequence[Pair]", args: Any) -> "list[Pair]":
+    """The pairs that training comes to at all, by task: of less than a pass, not every one."""
+    from reward.together import parts, together
+    from stages.engine import Epochs
+
+    steps = Epochs(together(pairs), args)
+    batches = islice(steps.start(0), steps.per_epoch)
+    return sorted((pair for batch in batches for pair in parts(batch)), key=lambda pair: pair.task)
 
 
 def with_reference(model: Any, policy: str, pairs: "Sequence[Pair]", run: Run) -> "list[Pair]":

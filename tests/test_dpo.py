@@ -206,7 +206,7 @@ def test_a_reference_that_is_not_finite_is_put_down_to_its_task(tmp_path, policy
 
 def test_the_reference_is_computed_once(tmp_path, policy, runs):
     rows = judged()
-    short = TRAINER | {"max_steps": 1}
+    short = TRAINER | {"max_steps": 3}  # one pass
     first = stage(tmp_path / "first", policy, rows, trainer=short)
     again = stage(tmp_path / "again", policy, rows, trainer=short, objective="ipo", beta=0.3)
     fewer = stage(tmp_path / "fewer", policy, rows[:20], trainer=short)
@@ -223,6 +223,20 @@ def test_the_reference_is_computed_once(tmp_path, policy, runs):
         assert run.manifest.metrics["first_batch_loss"] == first.manifest.metrics["first_batch_loss"]
     free = stage(tmp_path / "free", policy, rows, trainer=short, objective="orpo")
     assert "reference_computed" not in free.manifest.metrics
+
+
+def test_the_reference_is_asked_for_the_pairs_that_training_comes_to(tmp_path, policy):
+    short = TRAINER | {"max_steps": 2, "lr_scheduler_type": "constant"}
+    part = stage(tmp_path / "part", policy, judged(), trainer=short)
+    whole = stage(tmp_path / "whole", policy, judged(), trainer=short | {"max_steps": 3})
+    assert [run.manifest.metrics["pairs_trained"] for run in (part, whole)] == [16, 24]
+    assert [run.manifest.metrics["reference_computed"] for run in (part, whole)] == [32, 48]
+    of_part, of_whole = (
+        [json.loads(line) for line in (run.path / "metrics.jsonl").read_text().splitlines()]
+        for run in (part, whole)
+    )
+    for found, expected in zip(of_part, of_whole[:2], strict=True):
+        assert found["margin"] == pytest.approx(expected["margin"], abs=1e-4)
 
 
 @pytest.mark.parametrize("objective", dpo.PARAMETERS)

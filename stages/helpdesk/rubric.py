@@ -65,8 +65,10 @@ class Score:
 
 @dataclass(frozen=True)
 class _Sentence:
-    low: str
-    """The sentence in lower case."""
+    words: list[str]
+    """In lower case."""
+    products: frozenset[str]
+    """All that it names."""
     says: frozenset[str]
     """What kinds of sentence it is: keys of _KINDS, "offers <remedy>", "speaks of <remedy>"."""
     strange: int
@@ -75,7 +77,7 @@ class _Sentence:
 
     @property
     def sound(self) -> bool:
-        return self.ends and self.strange <= max(1, len(words(self.low)) // 4)
+        return self.ends and self.strange <= max(1, len(self.words) // 4)
 
 
 def score(facts: Mapping[str, Any], reply: str) -> Score:
@@ -85,10 +87,10 @@ def score(facts: Mapping[str, Any], reply: str) -> Score:
     says = frozenset().union(*(sentence.says for sentence in sound))
     low = reply.lower()
     parts = {
-        "name": _name(facts, says, low),
+        "name": _name(facts, says, sentences),
         "thanks": float("thanks" in says),
         "reaction": _reaction(facts, says, low),
-        "product": _product(facts, sound, low),
+        "product": _product(facts, sentences),
         "remedy": _remedy(facts, sentences),
         "ending": _ending(sentences),
         "rude": -2.0 * bool(_RUDE.search(low)),
@@ -107,9 +109,10 @@ def lexicon_share(text: str) -> float:
     return sum(word in LEXICON for word in found) / len(found) if found else 1.0
 
 
-def _name(facts: Mapping[str, Any], says: frozenset[str], low: str) -> float:
+def _name(facts: Mapping[str, Any], says: frozenset[str], sentences: list[_Sentence]) -> float:
     """1.5 for calling the customer by name, -1 for anybody else's name anywhere."""
-    if set(words(low)) & _NAMES - {facts["customer"].lower()}:
+    others = _NAMES - {facts["customer"].lower()}
+    if any(not others.isdisjoint(sentence.words) for sentence in sentences):
         return -1.0
     return 1.5 * ("called" in says)
 
@@ -121,13 +124,12 @@ def _reaction(facts: Mapping[str, Any], says: frozenset[str], low: str) -> float
     return -1.0 if _KINDS["sorry"].search(low) else 2.0 * ("glad" in says)
 
 
-def _product(facts: Mapping[str, Any], sound: list[_Sentence], low: str) -> float:
+def _product(facts: Mapping[str, Any], sentences: list[_Sentence]) -> float:
     """1.5 for the right product, -1 for any that the customer did not write about."""
-    named = {found for found in _CLASS.findall(low) if _CLASSES[found] == "PRODUCT"}
     known = {facts["product"], facts["other"]} if facts["problem"] == "wrong" else {facts["product"]}
-    if named - known:
+    if any(sentence.products - known for sentence in sentences):
         return -1.0
-    return 1.5 * any(facts["product"] in _CLASS.findall(sentence.low) for sentence in sound)
+    return 1.5 * any(facts["product"] in sentence.products for sentence in sentences if sentence.sound)
 
 
 def _remedy(facts: Mapping[str, Any], sentences: list[_Sentence]) -> float:
@@ -148,7 +150,7 @@ def _ending(sentences: list[_Sentence]) -> float:
 def _repeats(sentences: list[_Sentence]) -> float:
     """1 for each kind of sentence that comes twice, 1 or 2 for repeated runs of four words; at most 4."""
     kinds = Counter(kind for sentence in sentences for kind in sentence.says)
-    runs = [run for sentence in sentences for run in _runs(words(sentence.low))]
+    runs = [run for sentence in sentences for run in _runs(sentence.words)]
     again = len(runs) - len(set(runs))
     return float(min(sum(kinds[kind] > 1 for kind in _TWICE) + (again > 0) + (again > 4), 4))
 
@@ -173,7 +175,8 @@ def _sentence(raw: str) -> _Sentence:
         capital = at == 0 or word.lower() in _CAPITALS
         strange += word[0].isalpha() and word != (word.capitalize() if capital else word.lower())
     says = frozenset(kind for kind, pattern in (_KINDS | _offers()).items() if pattern.search(masked))
-    return _Sentence(low, says, strange, ends=raw[-1] in ".!?")
+    products = frozenset(found for found in _CLASS.findall(low) if _CLASSES[found] == "PRODUCT")
+    return _Sentence(words(low), products, says, strange, ends=raw[-1] in ".!?")
 
 
 def _masked(low: str) -> str:
