@@ -64,7 +64,11 @@ BEFORE = {"precompute_ref_log_probs": True}
 CASES = {
     "sft, default": Case("sft", ">= 4", 128),
     "sft, packing": Case(
-        "sft", "", 128, trl={"packing": True, "max_length": 1024, "per_device_train_batch_size": 1}
+        "sft",
+        ">= 2",
+        128,
+        trl={"packing": True, "max_length": 1024, "per_device_train_batch_size": 1},
+        turns=6,
     ),
     "sft, grouped by length": Case("sft", ">= 2", 128, trl={"train_sampling_strategy": "group_by_length"}),
     "dpo": Case("dpo", ">= 5", 64),
@@ -72,10 +76,10 @@ CASES = {
     "dpo, 32 steps for the losses": Case("dpo", "", 256, turns=1),
     "dpo, V 32768, 384x6": Case("dpo", ">= 5", 16, hidden=384, layers=6, vocabulary=32768),
     "rm": Case("rm", ">= 2", 128),
-    # The smallest differences, in the shortest processes: more turns, for an interval that tells.
+    # The smallest differences, as of packing above: more turns, for an interval that tells.
     "short sft": Case("sft", ">= 1.3", 512, rows="short", turns=8),
     "short dpo": Case("dpo", ">= 1.3", 512, rows="short", turns=8),
-    "short rm": Case("rm", ">= 1.3", 512, rows="short", turns=8),
+    "short rm": Case("rm", ">= 1.3", 512, rows="short", turns=12),
 }
 
 
