@@ -129,7 +129,7 @@ def main(config: Config, run: Run) -> None:
     if not held_out and (config.early_stopping_patience or config.max_kl):
         raise UserError("no held-out pair to stop by: early_stopping_patience and max_kl need some")
     args = arguments(run, config.trainer, learning_rate=1e-4, lr_scheduler_type="linear", eval_steps=100)
-    drawn = come_to(pairs, args)
+    drawn = drawn_pairs(pairs, args)
     if config.objective not in REFERENCE_FREE:  # which is the policy before training, without adapters
         known = {pair.task: pair for pair in with_reference(model, config.policy, drawn, run)}
         pairs = [known.get(pair.task, pair) for pair in pairs]
@@ -214,8 +214,8 @@ def _ranking(preference: int | None) -> list[int]:
     return [] if preference is None else [-preference, preference]
 
 
-def come_to(pairs: "Sequence[Pair]", args: Any) -> "list[Pair]":
-    """The pairs that training comes to at all, by task: of less than a pass, not every one."""
+def drawn_pairs(pairs: "Sequence[Pair]", args: Any) -> "list[Pair]":
+    """The pairs that training comes to, sorted by task: in less than a pass it does not come to all."""
     from reward.together import parts, together
     from stages.engine import Epochs
 
