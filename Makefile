@@ -22,7 +22,7 @@ test: $(VENV)/installed-test chromium postgresql
 	$(BIN)/pytest --numprocesses logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 soak: $(VENV)/installed-test chromium postgresql
-	$(BIN)/pytest -m soak
+	$(BIN)/pytest -m soak --timeout 0
 
 check: $(VENV)/installed-test
 	$(BIN)/ruff format --check .

@@ -398,7 +398,9 @@ def contend(url: str, tasks: int, processes: int, people: int, overlap: int = 3,
     round_id = store.open_round("r", [item(n) for n in range(tasks)], overlap=overlap, lease=lease)
     context = multiprocessing.get_context("spawn")
     out: multiprocessing.Queue[list[tuple[str, str]]] = context.Queue()
-    workers = [context.Process(target=work, args=(url, 100 * p, people, out)) for p in range(processes)]
+    workers = [
+        context.Process(target=work, args=(url, 100 * p, people, out), daemon=True) for p in range(processes)
+    ]
     for worker in workers:
         worker.start()
     patience = 600 + overlap * tasks / 50  # seconds: a slow machine writes 50 labels in one
