@@ -18,11 +18,12 @@ quickstart: $(VENV)/installed
 annotate: $(VENV)/installed
 	@$(BIN)/prefloop annotate configs/quickstart.yaml
 
+# --timeout, in seconds: a test that waits for ever fails and says where; `--durations 5` names the longest.
 test: $(VENV)/installed-test chromium postgresql
-	$(BIN)/pytest --numprocesses logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+	$(BIN)/pytest --numprocesses logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder --timeout 300
 
 soak: $(VENV)/installed-test chromium postgresql
-	$(BIN)/pytest -m soak --timeout 0
+	$(BIN)/pytest -m soak
 
 check: $(VENV)/installed-test
 	$(BIN)/ruff format --check .

@@ -399,7 +399,8 @@ def contend(url: str, tasks: int, processes: int, people: int, overlap: int = 3,
     context = multiprocessing.get_context("spawn")
     out: multiprocessing.Queue[list[tuple[str, str]]] = context.Queue()
     workers = [
-        context.Process(target=work, args=(url, 100 * p, people, out), daemon=True) for p in range(processes)
+        context.Process(target=work, args=(url, 100 * p, people, out), daemon=True)  # ends with its parent
+        for p in range(processes)
     ]
     for worker in workers:
         worker.start()
