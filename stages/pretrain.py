@@ -8,7 +8,8 @@ Reads    corpus   plain text of the prepare stage, documents separated by blank 
 Writes   model/   tokenizer and weights, for `from_pretrained`
 """
 
-import json
+import math
+from collections import Counter
 from collections.abc import Iterator
 from itertools import groupby
 from operator import itemgetter
@@ -20,7 +21,7 @@ from pydantic import Field, model_validator
 from stages.config import KeysOf, Model, Reads, StageConfig, UserError
 from stages.run import Run
 
-VERSION = 1
+VERSION = 2
 
 CHAT_TEMPLATE = """\
 {%- for message in messages -%}
@@ -47,8 +48,10 @@ class Config(StageConfig):
     seed: int = 0
     """Fixed, so that all seeds of an experiment share one base model."""
     vocabulary: int = 2048
+    """How many tokens; with superwords at most."""
     superwords: int = Field(default=0, ge=0)
-    """How many tokens of the vocabulary may span words: frequent phrases, read and written in one step."""
+    """How many tokens of the vocabulary may span words: frequent phrases, read and written in one step.
+    Tokens that no document is written with any more are then left out."""
     hidden: int = 128
     layers: int = 2
     heads: int = 4
@@ -124,25 +127,14 @@ def _separator(text: str) -> str:
 def train_tokenizer(documents: list[str], vocabulary: int, superwords: int = 0) -> Any:
     """Byte-level BPE: every text can be written, and comes back byte for byte.
 
-    The last `superwords` of the `vocabulary` tokens span words, but no digit, line break or any of `.,:;?!`.
+    With `superwords`, tokens may span words (`with_superwords`), and there are at most `vocabulary`.
     """
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
-    )
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocabulary - superwords,
-        special_tokens=[PAD, END, *ROLES],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(documents, trainer)
     return PreTrainedTokenizerFast(
-        tokenizer_object=with_superwords(tokenizer, documents, superwords) if superwords else tokenizer,
+        tokenizer_object=with_superwords(documents, vocabulary, superwords)
+        if superwords
+        else byte_level_bpe(documents, vocabulary),
         pad_token=PAD,
         eos_token=END,
         chat_template=CHAT_TEMPLATE,
@@ -150,36 +142,65 @@ def train_tokenizer(documents: list[str], vocabulary: int, superwords: int = 0) 
     )
 
 
-def with_superwords(words: Any, documents: list[str], count: int) -> Any:
-    """`words` with `count` more tokens: BPE goes on where words end (SuperBPE).
+def byte_level_bpe(documents: list[str], vocabulary: int, *first: Any) -> Any:
+    """Tokens within words; `first` splits texts before words are looked for."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-    Liu et al. 2025, arXiv 2503.13423: fewer tokens say the same, so all that reads or writes them takes less.
+    tokenizer = Tokenizer(models.BPE())
+    digits = pre_tokenizers.Digits(individual_digits=True)
+    words = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([digits, *first, words])
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocabulary,
+        special_tokens=[PAD, END, *ROLES],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(documents, trainer)
+    return tokenizer
 
-    The second training sees the tokens of the first, each as one character. What it merges is then written
-    after the first merges, none of which joins two words: so words come together first here as well.
+
+def with_superwords(documents: list[str], vocabulary: int, count: int) -> Any:
+    """Words, and `count` phrases of a clause: fewer tokens say the same, so all that reads or writes them
+    takes less (SuperBPE, Liu et al. 2025, arXiv 2503.13423).
+
+    A second BPE training sees the tokens of the first, each as one character. Of what both merged, only
+    those tokens stay that documents are written with, as words or as phrases: the others are steps on the
+    way to them, two fifths of all on the helpdesk, and would cost every prediction their share of the
+    softmax. Merges need those steps; so a text is split into its most probable tokens instead (unigram
+    language model: Kudo 2018, arXiv 1804.10959, section 3.2).
     """
     from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
 
-    words.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Digits(individual_digits=True),
-            pre_tokenizers.Split(Regex(r"[.,:;?!\n]"), "isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
-    spec = json.loads(words.to_str())
-    vocabulary, merges = spec["model"]["vocab"], spec["model"]["merges"]
-    tokens = {chr(PRIVATE + i): token for token, i in vocabulary.items()}
+    # A mark takes the space after it along, so that a sentence within a text begins like a text.
+    marks = pre_tokenizers.Split(Regex(r"[.:?!] |[.,:;?!\n]"), "isolated")
+    words = byte_level_bpe(documents, vocabulary - count, marks)
+    digits = pre_tokenizers.Digits(individual_digits=True)
+    whole = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    words.pre_tokenizer = pre_tokenizers.Sequence([digits, marks, whole])
+    clauses = Counter(_clauses(words, documents))
+    tokens = {chr(PRIVATE + i): token for token, i in words.get_vocab().items()}
     phrases = Tokenizer(models.BPE())
     trainer = trainers.BpeTrainer(
         vocab_size=len(tokens) + count, initial_alphabet=list(tokens), show_progress=False
     )
-    phrases.train_from_iterator(_clauses(words, documents), trainer)
-    for pair in json.loads(phrases.to_str())["model"]["merges"]:
-        left, right = ("".join(map(tokens.__getitem__, part)) for part in pair)
-        merges.append([left, right])
-        vocabulary.setdefault(left + right, len(vocabulary))
-    return Tokenizer.from_str(json.dumps(spec))
+    phrases.train_from_iterator(clauses.elements(), trainer)
+
+    used = Counter({tokens[character]: 1 for character in sorted(set().union(*clauses))})
+    for encoding, times in zip(phrases.encode_batch(list(clauses)), clauses.values(), strict=True):
+        for token in encoding.tokens:
+            used["".join(map(tokens.__getitem__, token))] += times
+    kept = [PAD, END, *ROLES, *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    found = [token for token, _ in used.most_common() if token not in kept]
+    kept += found[: max(0, len(found) - (len(kept) + len(found)) % MULTIPLE)]
+    total = used.total()
+    words.model = models.Unigram([(token, math.log(max(used[token], 1) / total)) for token in kept], unk_id=0)
+    return words
+
+
+MULTIPLE = 8
+"""Of how many tokens a vocabulary is made: products of an odd number of rows or columns are slower."""
 
 
 def _clauses(words: Any, documents: list[str]) -> Iterator[str]:

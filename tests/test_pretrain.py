@@ -117,21 +117,46 @@ def tokenizers(superwords):
     return pretrain.train_tokenizer(tiny.TEXTS, 330 + superwords, superwords)
 
 
+SENTENCES = [
+    f"Hello {name}, we will send you {n} lamps. Is it well?" for n, name in enumerate(["Ann", "Bo"] * 9)
+]
+
+
+def spelled(tokenizer, text):
+    return [tokenizer.decode(of_token) for of_token in tokenizer(text)["input_ids"]]
+
+
 def test_superwords_join_whole_words_and_nothing_else():
     """Frequent phrases become one token; digits and punctuation stay what they are without."""
-    texts = [
-        f"Hello {name}, we will send you {n} lamps. Is it well?" for n, name in enumerate(["Ann", "Bo"] * 9)
-    ]
-    words, phrases = (pretrain.train_tokenizer(texts, 320 + count, count) for count in (0, 7))
+    words, phrases = (pretrain.train_tokenizer(SENTENCES, 320 + count, count) for count in (0, 9))
     new = set(phrases.get_vocab()) - set(words.get_vocab())
-    assert len(phrases) == len(words) + 7 and "ĠweĠwillĠsendĠyouĠ" in new
-    assert not any(mark in token for token in new for mark in ",.?17")
+    assert "ĠweĠwillĠsendĠyouĠ" in new
+    assert {token for token in new if set(token) & set(",.?17")} == {".Ġ"}
     text = "Hello Ann, we will send you 17 lamps. Is it well?"
-    pieces = [words.decode(of_token) for of_token in words(text)["input_ids"]]
-    joined = [phrases.decode(of_token) for of_token in phrases(text)["input_ids"]]
-    ends = [{sum(map(len, parts[: i + 1])) for i in range(len(parts))} for parts in (pieces, joined)]
-    assert ends[1] < ends[0]  # no token begins or ends where none of the first training does
-    assert {"1", "7", ",", ".", "?"} <= set(joined)
+    joined = spelled(phrases, text)
+    ends = [
+        {sum(map(len, pieces[: i + 1])) for i in range(len(pieces))}
+        for pieces in (spelled(words, text), joined)
+    ]
+    assert ends[1] - ends[0] == {
+        len("Hello Ann, we will send you 17 lamps. ")
+    }  # else none where no word ends
+    assert len(ends[1]) < len(ends[0])
+    assert {"1", "7", ",", ". ", "?"} <= set(joined)
+
+
+def test_a_sentence_is_written_alike_at_the_start_of_a_text_and_within():
+    tokenizer = pretrain.train_tokenizer(SENTENCES, 329, 9)
+    pieces = spelled(tokenizer, "We will. Is it well?")
+    assert pieces[pieces.index(". ") + 1 :] == spelled(tokenizer, "Is it well?")
+
+
+def test_with_superwords_no_token_is_only_a_step_on_the_way_to_another():
+    """What is left are bytes, and what documents are written with: by phrases, or word by word."""
+    words, phrases = (pretrain.train_tokenizer(SENTENCES, 320 + count, count) for count in (0, 9))
+    steps = {"Ġse", "Ġsen", "Ġla", "Ġlam"} & set(words.get_vocab())
+    assert steps and not steps & set(phrases.get_vocab())
+    assert len(phrases) < 329 and len(phrases) % 8 == 0
 
 
 def test_superwords_take_no_place_of_bytes():
