@@ -108,7 +108,7 @@ class HeadInput:
     def __enter__(self) -> "HeadInput":
         if self.wanted:
             head: nn.Module = self.model.get_output_embeddings()  # type: ignore[operator]
-            self.hook = head.register_forward_pre_hook(lambda _, inputs: self._keep(inputs[0]))
+            self.hook = head.register_forward_hook(lambda _, inputs, __: self._keep(inputs[0]))
         return self
 
     def _keep(self, states: Tensor) -> None:

@@ -12,13 +12,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from reward.passes import encodes
+
 WORTH = 0.8
 """Of the positions at most that are read; with more, the keys' pass of its own costs what it spares."""
 
 
 def layers_of(trunk: nn.Module) -> tuple[str, nn.ModuleList] | None:
-    """Name and list of the trunk's layers; outer lists come first, so no list of experts is taken for it."""
+    """Name and list of a decoder's layers; outer lists come first, so no list of experts is taken for it."""
     config: Any = trunk.config
+    if encodes(trunk):
+        return None
     count = getattr(config.get_text_config(), "num_hidden_layers", None)
     for name, module in trunk.named_modules():
         if isinstance(module, nn.ModuleList) and len(module) == count:

@@ -11,6 +11,7 @@ from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
     PreTrainedTokenizerBase,
@@ -18,6 +19,7 @@ from transformers import (
 from transformers.utils import logging
 
 from annotate.records import DataError
+from reward.passes import encodes, score_head
 
 PAD = "<|pad|>"
 
@@ -71,9 +73,21 @@ def load_tokenizer(path: str | Path) -> tuple[PreTrainedTokenizerBase, list[str]
 
 
 def load_policy(path: str | Path) -> tuple[Any, PreTrainedTokenizerBase]:
-    """(causal language model in fp32 on the best device, tokenizer); `path` is a local folder or a hub id."""
+    """(language model in fp32 on the best device, tokenizer); `path` is a local folder or a hub id."""
     tokenizer, _ = load_tokenizer(path)
-    return _fit(_load(AutoModelForCausalLM, path, dtype=torch.float32), tokenizer, path), tokenizer
+    # Of some encoder-decoders the causal class would take the decoder alone.
+    kind = AutoModelForSeq2SeqLM if _load(AutoConfig, path).is_encoder_decoder else AutoModelForCausalLM
+    return _fit(_load(kind, path, dtype=torch.float32), tokenizer, path), tokenizer
+
+
+def load_decoder(path: str | Path) -> tuple[Any, PreTrainedTokenizerBase]:
+    """As `load_policy`, for the trainers of TRL."""
+    model, tokenizer = load_policy(path)
+    if encodes(model):
+        raise CheckpointError(
+            f"{path}: an encoder-decoder, which TRL's trainers do not take; sft, rm, dpo and ppo do"
+        )
+    return model, tokenizer
 
 
 def new_reward_model(path: str | Path) -> tuple[Any, PreTrainedTokenizerBase]:
@@ -85,7 +99,8 @@ def new_reward_model(path: str | Path) -> tuple[Any, PreTrainedTokenizerBase]:
     tokenizer, _ = load_tokenizer(path)
     model = _load(AutoModelForSequenceClassification, path, num_labels=1, dtype=torch.float32)
     model.config.reward_reads = "reply"  # see reward.tokens.scores
-    nn.init.normal_(model.score.weight, std=1 / math.sqrt(model.config.hidden_size + 1))
+    last = [layer for layer in score_head(model).modules() if isinstance(layer, nn.Linear)][-1]
+    nn.init.normal_(last.weight, std=1 / math.sqrt(last.in_features + 1))
     return _fit(model, tokenizer, path), tokenizer
 
 
@@ -159,6 +174,8 @@ def _fit(model: Any, tokenizer: PreTrainedTokenizerBase, path: str | Path) -> An
             config.pad_token_id = tokenizer.pad_token_id
             config.eos_token_id = tokenizer.eos_token_id
             config.bos_token_id = tokenizer.bos_token_id
+    if encodes(model):
+        model.config.decoder_start_token_id = _start_token(model, path)
     disable_dropout(model)
     return model.to("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -170,6 +187,16 @@ def _grow(model: Any, rows: int, wanted: int) -> None:
         for layer in (model.get_input_embeddings(), model.get_output_embeddings()):
             if layer is not None:
                 layer.weight[rows:] = layer.weight[:rows].mean(0)
+
+
+def _start_token(model: Any, path: str | Path) -> int:
+    """What an encoder-decoder's reply begins with, which is no part of it."""
+    configs = (model.config, getattr(model, "generation_config", None), model.config.get_text_config())
+    for name in ("decoder_start_token_id", "bos_token_id"):
+        for config in configs:
+            if (token := getattr(config, name, None)) is not None:
+                return int(token)
+    raise CheckpointError(f"{path}: no token for its decoder to start with; set decoder_start_token_id")
 
 
 def _stop_token(path: str | Path, tokenizer: PreTrainedTokenizerBase) -> str:

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from reward.batch import Batch, Example
 from reward.last_layer import layers_of, reading
-from reward.tokens import Path, device_of, pad_id, run, trunk
+from reward.passes import run, trunk
+from reward.tokens import Path, device_of, pad_id
 
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 """Largest difference allowed, in standard deviations of the states: rounding, where a wrong mask gives 1."""

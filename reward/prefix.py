@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from annotate.records import DataError
 from reward.batch import Batch, Example
 from reward.last_layer import layers_of
+from reward.passes import run, trunk
 from reward.paths import attempt, difference
-from reward.tokens import device_of, run, trunk
+from reward.tokens import device_of
 
 
 class Prefix:

@@ -14,12 +14,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
-from transformers.cache_utils import DynamicLayer
 
 from annotate.records import DataError
+from reward.decoding import decoding
 from reward.head import HeadInput
 from reward.parallel import place, shared
-from reward.tokens import device_of, pad_id, token_budget
+from reward.tokens import device_of, token_budget
 
 
 @dataclass(frozen=True)
@@ -124,41 +124,27 @@ class Sampler:
         """Logits (R, V) of the next token, step after step, and the row of each prompt that is still alive.
 
         A prompt that comes several times is read once; finished rows leave the cache. The caller appends to
-        the samples and sets `stopped` between steps; `alive` is kept up to date here. The rows of a model
-        that returns no keys and values (a recurrent state) are read again for each token.
+        the samples and sets `stopped` between steps; `alive` is kept up to date here.
         """
         distinct = {prompt: row for row, prompt in enumerate(dict.fromkeys(map(tuple, prompts)))}
-        ids, mask = _left_pad(list(map(list, distinct)), pad_id(self.model), device_of(self.model))
-        row_of = torch.tensor([distinct[tuple(prompt)] for prompt in prompts], device=mask.device)
-        cache: Any = None
+        rows = decoding(self.model, list(map(list, distinct)))
+        row_of = torch.tensor([distinct[tuple(prompt)] for prompt in prompts], device=rows.mask.device)
         for step in range(self.max_new_tokens):
-            output = self.model(
-                input_ids=ids,
-                attention_mask=mask,
-                position_ids=(mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :],
-                past_key_values=cache,
-                use_cache=True,
-                logits_to_keep=1,
-            )
             of: Any = slice(None)
-            if step == 0:
-                given = getattr(output, "past_key_values", None)
-                cache = None if given is None else _with_room(given)
-                if len(distinct) < len(prompts):
-                    of, ids, mask = row_of, ids[row_of], mask[row_of]
-                    _keep(cache, row_of)
-            yield output.logits[:, -1], of
+            logits = rows.step()
+            if step == 0 and len(distinct) < len(prompts):
+                of = row_of
+                rows.keep(row_of)
+            yield logits, of
             if all(stopped):
                 return
             # A copy of the cache costs about as much as a step: worth it once a fifth of the rows are done.
             if sum(stopped[row] for row in alive) > len(alive) / 5:
-                keep = torch.tensor([i for i, row in enumerate(alive) if not stopped[row]]).to(mask.device)
+                rows.keep(
+                    torch.tensor([i for i, row in enumerate(alive) if not stopped[row]]).to(row_of.device)
+                )
                 alive[:] = [row for row in alive if not stopped[row]]
-                _keep(cache, keep)
-                ids, mask = ids[keep], mask[keep]
-            drawn = torch.tensor([[samples[row].tokens[-1]] for row in alive], device=mask.device)
-            ids = drawn if cache is not None else torch.cat([ids, drawn], dim=1)
-            mask = torch.cat([mask, mask.new_ones(len(alive), 1)], dim=1)
+            rows.append(torch.tensor([[samples[row].tokens[-1]] for row in alive], device=row_of.device))
 
     def _check(self, prompts: Sequence[list[int]], keys: Sequence[str]) -> None:
         for prompt, key in zip(prompts, keys, strict=True):
@@ -167,50 +153,6 @@ class Sampler:
                     f"prompt {key}: {len(prompt)} tokens and {self.max_new_tokens} for the reply exceed "
                     f"the {self.limit} positions of the model; shorten it, lower max_new_tokens or drop it"
                 )
-
-
-def _keep(cache: Any, rows: Tensor) -> None:
-    if cache is not None:
-        cache.reorder_cache(rows)
-
-
-class RoomyLayer(DynamicLayer):
-    """Keys and values in tensors with room for more; the library's own layer copies them all at each token.
-
-    The results are the same bit for bit.
-    """
-
-    def __init__(self, layer: DynamicLayer):
-        super().__init__()
-        self.lazy_initialization(layer.keys, layer.values)
-        self._rooms = (layer.keys, layer.values)
-        self.keys, self.values = self._rooms
-
-    def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-        length = self.keys.shape[-2] + key_states.shape[-2]
-        if self._rooms[0].shape[-2] < length:
-            room = max(ROOM, key_states.shape[-2])
-            self._rooms = (F.pad(self.keys, (0, 0, 0, room)), F.pad(self.values, (0, 0, 0, room)))
-        self._rooms[0][..., self.keys.shape[-2] : length, :] = key_states
-        self._rooms[1][..., self.keys.shape[-2] : length, :] = value_states
-        self.keys, self.values = (room[..., :length, :] for room in self._rooms)
-        return self.keys, self.values
-
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        super().reorder_cache(beam_idx)
-        self._rooms = (self.keys, self.values)
-
-
-ROOM = 32
-"""Tokens."""
-
-
-def _with_room(cache: Any) -> Any:
-    """The cache a model has made, its plain layers replaced; sliding windows and states stay as they are."""
-    for i, layer in enumerate(getattr(cache, "layers", [])):
-        if type(layer) is DynamicLayer and layer.is_initialized:
-            cache.layers[i] = RoomyLayer(layer)
-    return cache
 
 
 def _uniforms(key: str, count: int) -> Tensor:
@@ -250,10 +192,3 @@ def _find(cdf: Tensor, at: Tensor) -> tuple[Tensor, Tensor]:
     found = torch.searchsorted(cdf, at[:, None], right=True).clamp(max=cdf.shape[1] - 1)  # where all is NaN
     before = F.pad(cdf, (1, 0)).gather(1, found)
     return found.squeeze(1), at - before.squeeze(1)
-
-
-def _left_pad(prompts: list[list[int]], pad: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    width = max(map(len, prompts))
-    ids = torch.tensor([[pad] * (width - len(p)) + p for p in prompts], device=device)
-    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
-    return ids, mask

@@ -18,8 +18,8 @@ from annotate.records import DataError, Message, prompt_id
 from reward.batch import Batch, Example, chunks, micro_batches
 from reward.head import HeadInput, head_logprobs
 from reward.last_layer import reading
-from reward.padding_free import attending
 from reward.parallel import shared
+from reward.passes import run, score_head, trunk
 
 T = TypeVar("T")
 
@@ -172,7 +172,7 @@ def scores(model: Any, batch: Batch) -> Tensor:
 def _scores_at(model: Any, batch: Batch, at: Tensor) -> Tensor:
     """(N,) fp32 of a sequence-classification model's head, where `at` (R, T) bool is true."""
     with precision_of(model):
-        found: Tensor = model.score(states_at(model, batch, at))
+        found: Tensor = score_head(model)(states_at(model, batch, at))
     return found.float().squeeze(-1)
 
 
@@ -187,25 +187,6 @@ def read_at(model: Any, at: Tensor) -> AbstractContextManager[Tensor]:
     """Around a pass that is read at `at` (R, T) alone; gives the mask that finds these in what it returns."""
     path: Path = getattr(model, "path", Path())
     return reading(trunk(model), path.layers, at) if path.layers else nullcontext(at)
-
-
-def run(module: Any, batch: Batch, **options: Any) -> Any:
-    """What a model, or its trunk, makes of a batch: ordinary causal rows, shared ones, or without padding."""
-    options |= {"input_ids": batch.input_ids, "use_cache": False}
-    if batch.layout is not None:
-        with attending(module.config):
-            return module(**options, position_ids=batch.position_ids, layout=batch.layout)
-    if not batch.shared:
-        return module(**options, attention_mask=batch.attention_mask())
-    eager = module.config._attn_implementation == "eager"
-    mask = batch.attention_mask(next(module.parameters()).dtype if eager else None)
-    return module(**options, attention_mask=mask, position_ids=batch.position_ids)
-
-
-def trunk(model: Any) -> Any:
-    """The model without its head. Adapters sit inside its layers, so they act."""
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
-    return inner.base_model
 
 
 def logprobs(

@@ -36,12 +36,12 @@ class Settings(StageConfig):
 
 def load(policy: str, reward: str, prompts: str) -> tuple[list[Record], Any, Any, Any]:
     """(prompts to train on, policy, its tokenizer, reward model), which must share a vocabulary."""
-    from reward.model import load_policy, load_reward, same_vocabulary
+    from reward.model import load_decoder, load_reward, same_vocabulary
 
     records = [r for r in read(prompts, Record) if r.split == "train" and r.use == "policy"]
     if not records:
         raise UserError(f"{prompts}: no prompt of use `policy` in the training split")
-    model, tokenizer = load_policy(policy)
+    model, tokenizer = load_decoder(policy)
     reward_model, reward_tokenizer = load_reward(reward)
     if not same_vocabulary(tokenizer, reward_tokenizer):
         raise UserError(f"the reward model {reward} has another vocabulary than the policy {policy}")

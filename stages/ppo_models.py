@@ -154,7 +154,8 @@ def add_value(model: Any, value_model: Any, rewards: Any, args: PPOConfig) -> No
             )
         model.value_model = disable_dropout(value_model)
         return
-    model.value_head = nn.Linear(model.config.hidden_size, 1).to(device_of(model))
+    width = model.get_output_embeddings().weight.shape[1]
+    model.value_head = nn.Linear(width, 1).to(device_of(model))
     nn.init.zeros_(model.value_head.weight)
     nn.init.zeros_(model.value_head.bias)
 

@@ -19,9 +19,10 @@ from transformers import (
 
 from reward.batch import Batch, Example
 from reward.last_layer import layers_of, reading
+from reward.passes import run, trunk
 from reward.paths import choose, describe
 from reward.prefix import Prefix
-from reward.tokens import forward, rewards, run, trunk
+from reward.tokens import forward, rewards
 
 EXAMPLES = [
     Example([5, 6, 7, 8, 9], ([10, 11, 1], [12, 13, 14, 15, 16, 17, 1])),

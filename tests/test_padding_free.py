@@ -17,8 +17,9 @@ from transformers import (
 
 from reward.batch import Batch, Example, micro_batches
 from reward.padding_free import Layout, Places
+from reward.passes import run, trunk
 from reward.paths import choose, describe
-from reward.tokens import Path, batch_of, forward, grouped, rewards, run, trunk
+from reward.tokens import Path, batch_of, forward, grouped, rewards
 from tests.test_last_layer import EXAMPLES, SIZES, built
 
 SMALL = {

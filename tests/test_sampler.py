@@ -129,10 +129,10 @@ def test_a_prompt_that_comes_several_times_is_read_once(policy, with_values):
 
 def test_room_in_the_cache_changes_no_bit(policy, monkeypatch):
     model, tokenizer = policy
-    monkeypatch.setattr("reward.sampler.ROOM", 3)
+    monkeypatch.setattr("reward.decoding.ROOM", 3)
     roomy = Sampler(model, tokenizer, 20).sample(PROMPTS, KEYS)
     assert max(len(sample.tokens) for sample in roomy) > 6  # room was made more than once
-    monkeypatch.setattr("reward.sampler._with_room", lambda cache: cache)
+    monkeypatch.setattr("reward.decoding._with_room", lambda cache: cache)
     assert Sampler(model, tokenizer, 20).sample(PROMPTS, KEYS) == roomy
 
 

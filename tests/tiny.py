@@ -7,12 +7,16 @@ from typing import Any
 
 import torch
 from transformers import (
+    AutoModelForSeq2SeqLM,
+    BartConfig,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
     Qwen2Config,
     Qwen2ForCausalLM,
+    T5Config,
+    T5GemmaConfig,
 )
 
 from annotate.records import Judgement, Message, Record, prompt_id, write
@@ -25,6 +29,7 @@ gc.freeze()  # every training ends with a collection: spare it what the librarie
 WORDS = ("kettle", "lamp", "pan", "chair", "clock", "toaster", "blanket", "mirror")
 TEXTS = [f"Hello Ann, sorry about the {word}. We will send you a new {word} today." for word in WORDS]
 POSITIONS = 128
+ENCODER_DECODERS = ("t5", "bart", "t5gemma")
 FOLDERS = ("llama", "qwen2", "gpt2", "no_pad", "no_template", "eos_is_1")
 
 
@@ -61,13 +66,38 @@ def model_of(family: str, tokenizer: Any, seed: int = 0, scale: float = 0.3) -> 
     return LlamaForCausalLM(LlamaConfig(**sizes, **ids)).eval()
 
 
+def encoder_decoder(family: str, tokenizer: Any) -> Any:
+    """One of ENCODER_DECODERS, of two layers of width 16 on each side, fp32."""
+    torch.manual_seed(0)
+    end = tokenizer.eos_token_id
+    ids = {"vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id, "eos_token_id": end}
+    config: Any
+    if family == "t5":
+        sizes = {"d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 2, "num_heads": 2}
+        config = T5Config(**sizes, **ids, decoder_start_token_id=ids["pad_token_id"])
+    elif family == "bart":  # its positions count from the left
+        sides = {"layers": 2, "attention_heads": 2, "ffn_dim": 32}
+        sizes = {f"{side}_{name}": size for side in ("encoder", "decoder") for name, size in sides.items()}
+        own = {"d_model": 16, "max_position_embeddings": POSITIONS, "init_std": 0.3, "bos_token_id": None}
+        config = BartConfig(**sizes, **own, **ids, forced_eos_token_id=None, decoder_start_token_id=end)
+    else:  # a sliding window, capped logits, and no start token but the first of the sequence
+        sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "head_dim": 8}
+        heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "sliding_window": 16}
+        side = sizes | heads | ids | {"bos_token_id": 2, "initializer_range": 0.3}
+        config = T5GemmaConfig(encoder=side, decoder=side, vocab_size=ids["vocab_size"])
+    return AutoModelForSeq2SeqLM.from_config(config).eval()
+
+
 def save_folder(folder: Path, name: str) -> Path:
-    """One of FOLDERS, below `folder`: a local checkpoint as others might bring it."""
+    """One of FOLDERS or ENCODER_DECODERS, below `folder`: a local checkpoint as others might bring it."""
     path = folder / name
     tokenizer = tokenizer_of()
     if name == "no_template":
         tokenizer.chat_template = None
-    model = model_of(name if name in ("qwen2", "gpt2") else "llama", tokenizer)
+    if name in ENCODER_DECODERS:
+        model = encoder_decoder(name, tokenizer)
+    else:
+        model = model_of(name if name in ("qwen2", "gpt2") else "llama", tokenizer)
     model.save_pretrained(path)
     tokenizer.save_pretrained(path)
     if name == "no_pad":  # so that one has to be added, and the embedding grows
