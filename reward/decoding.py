@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers.cache_utils import DynamicLayer
 from transformers.modeling_outputs import BaseModelOutput
 
-from reward.passes import encoded, encodes
+from reward.passes import encoded, encodes, start_token
 from reward.tokens import device_of, pad_id
 
 
@@ -62,7 +62,7 @@ class _EncoderDecoder(Decoding):
         self.model, self.cache = model, None
         read, self.mask = _padded(model, prompts, left=False)  # positions of an encoder count from the left
         self.states = encoded(model, read, self.mask)
-        self.ids = torch.full((len(prompts), 1), model.config.decoder_start_token_id, device=read.device)
+        self.ids = torch.full((len(prompts), 1), start_token(model), device=read.device)
 
     def keep(self, rows: Tensor) -> None:
         super().keep(rows)

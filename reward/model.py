@@ -19,7 +19,7 @@ from transformers import (
 from transformers.utils import logging
 
 from annotate.records import DataError
-from reward.passes import encodes, score_head
+from reward.passes import encodes, score_head, start_token
 
 PAD = "<|pad|>"
 
@@ -80,14 +80,12 @@ def load_policy(path: str | Path) -> tuple[Any, PreTrainedTokenizerBase]:
     return _fit(_load(kind, path, dtype=torch.float32), tokenizer, path), tokenizer
 
 
-def load_decoder(path: str | Path) -> tuple[Any, PreTrainedTokenizerBase]:
-    """As `load_policy`, for the trainers of TRL."""
-    model, tokenizer = load_policy(path)
+def check_decoder(model: Any, path: str | Path) -> None:
+    """CheckpointError for an encoder-decoder, which the trainers of TRL do not take."""
     if encodes(model):
         raise CheckpointError(
             f"{path}: an encoder-decoder, which TRL's trainers do not take; sft, rm, dpo and ppo do"
         )
-    return model, tokenizer
 
 
 def new_reward_model(path: str | Path) -> tuple[Any, PreTrainedTokenizerBase]:
@@ -175,7 +173,7 @@ def _fit(model: Any, tokenizer: PreTrainedTokenizerBase, path: str | Path) -> An
             config.eos_token_id = tokenizer.eos_token_id
             config.bos_token_id = tokenizer.bos_token_id
     if encodes(model):
-        model.config.decoder_start_token_id = _start_token(model, path)
+        model.config.decoder_start_token_id = start_token(model)  # a reward model of it starts with the same
     disable_dropout(model)
     return model.to("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -187,16 +185,6 @@ def _grow(model: Any, rows: int, wanted: int) -> None:
         for layer in (model.get_input_embeddings(), model.get_output_embeddings()):
             if layer is not None:
                 layer.weight[rows:] = layer.weight[:rows].mean(0)
-
-
-def _start_token(model: Any, path: str | Path) -> int:
-    """What an encoder-decoder's reply begins with, which is no part of it."""
-    configs = (model.config, getattr(model, "generation_config", None), model.config.get_text_config())
-    for name in ("decoder_start_token_id", "bos_token_id"):
-        for config in configs:
-            if (token := getattr(config, name, None)) is not None:
-                return int(token)
-    raise CheckpointError(f"{path}: no token for its decoder to start with; set decoder_start_token_id")
 
 
 def _stop_token(path: str | Path, tokenizer: PreTrainedTokenizerBase) -> str:

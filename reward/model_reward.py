@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerBase
 from annotate.records import DataError, Message
 from reward.batch import Example
 from reward.model import CheckpointError, load_reward, load_tokenizer, same_vocabulary
+from reward.passes import encodes
 from reward.paths import chosen
 from reward.tokens import completion_ids as ids_of_completion
 from reward.tokens import rendered, rewards
@@ -130,10 +131,11 @@ def _beside(path: str | Path, name: str) -> PreTrainedTokenizerBase:
 
 def _check_head(model: Any, name: str) -> None:
     labels = getattr(getattr(model, "config", None), "num_labels", None)
-    if labels != 1 or not hasattr(model, "score"):
+    if labels != 1 or not (hasattr(model, "score") or encodes(model)):
         raise RewardError(
-            f"reward model {name}: is a {type(model).__name__} with {labels} labels; give a decoder for "
-            "sequence classification with num_labels=1, or call this model in a function of your own"
+            f"reward model {name}: is a {type(model).__name__} with {labels} labels; give a decoder or an "
+            "encoder-decoder for sequence classification with num_labels=1, or call this model in a function "
+            "of your own"
         )
 
 

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutput
 
+from annotate.records import DataError
 from reward.batch import Batch
 from reward.padding_free import attending
 
@@ -53,6 +54,18 @@ def encoded(model: Any, prompts: Tensor, mask: Tensor) -> Tensor:
     return states
 
 
+def start_token(model: Any) -> int:
+    """What an encoder-decoder's completion begins with, which is no part of it; DataError if nothing says."""
+    configs = (model.config, getattr(model, "generation_config", None), model.config.get_text_config())
+    for name in ("decoder_start_token_id", "bos_token_id"):
+        for config in configs:
+            if (token := getattr(config, name, None)) is not None:
+                return int(token)
+    raise DataError(
+        f"{type(model).__name__}: no token for its decoder to start with; set decoder_start_token_id"
+    )
+
+
 def _encode_decode(module: Any, batch: Batch, logits_to_keep: Tensor | None) -> Any:
     """As `run`: what the decoder says of a token is put where a causal model says it, one token before.
 
@@ -67,7 +80,7 @@ def _encode_decode(module: Any, batch: Batch, logits_to_keep: Tensor | None) -> 
     read, written = columns[: int(prompts.max())] < prompts, columns[: int(lengths.max())] < lengths
     at = (prompts - 1 + columns[: written.shape[1]]).clamp(max=len(columns) - 1)
     prompt, reply = batch.input_ids[:, : read.shape[1]], batch.input_ids.gather(1, at)
-    reply[:, 0] = module.config.decoder_start_token_id
+    reply[:, 0] = start_token(module)
     if logits_to_keep is not None:
         with _head_at(module, logits_to_keep.gather(1, at) & written):
             return module(

@@ -37,7 +37,7 @@ def main(config: Config, run: Run) -> None:
     from datasets import Dataset
     from trl import KTOConfig, KTOTrainer
 
-    from reward.model import load_decoder, longest_row, save
+    from reward.model import check_decoder, load_policy, longest_row, save
     from stages.arguments import arguments
     from stages.engine import Reporting, train
 
@@ -46,7 +46,8 @@ def main(config: Config, run: Run) -> None:
             return dataset  # the rows are tokens already
 
     judgements = [j for j in read(config.judgements, Judgement) if j.split == "train"]
-    model, tokenizer = load_decoder(config.policy)
+    model, tokenizer = load_policy(config.policy)
+    check_decoder(model, config.policy)
     limit = longest_row(model, config.max_length)
     args = arguments(
         run,
@@ -61,7 +62,7 @@ def main(config: Config, run: Run) -> None:
     rows = unpaired(tokenizer, judgements, limit, run)
     trainer = Trainer(
         model=model,
-        ref_model=load_decoder(config.policy)[0],
+        ref_model=load_policy(config.policy)[0],
         args=args,
         train_dataset=Dataset.from_list(arranged(rows, args)),
         processing_class=tokenizer,

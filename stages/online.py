@@ -36,12 +36,12 @@ class Settings(StageConfig):
 
 def load(policy: str, reward: str, prompts: str) -> tuple[list[Record], Any, Any, Any]:
     """(prompts to train on, policy, its tokenizer, reward model), which must share a vocabulary."""
-    from reward.model import load_decoder, load_reward, same_vocabulary
+    from reward.model import load_policy, load_reward, same_vocabulary
 
     records = [r for r in read(prompts, Record) if r.split == "train" and r.use == "policy"]
     if not records:
         raise UserError(f"{prompts}: no prompt of use `policy` in the training split")
-    model, tokenizer = load_decoder(policy)
+    model, tokenizer = load_policy(policy)
     reward_model, reward_tokenizer = load_reward(reward)
     if not same_vocabulary(tokenizer, reward_tokenizer):
         raise UserError(f"the reward model {reward} has another vocabulary than the policy {policy}")
@@ -52,10 +52,11 @@ def optimise(config: Settings, run: Run, trainer_class: Any, kind: Any, **defaul
     """Train the policy by TRL's `trainer_class`, whose settings are of `kind`, and write it."""
     from datasets import Dataset
 
-    from reward.model import save
+    from reward.model import check_decoder, save
     from stages.engine import Reporting, train
 
     records, policy, tokenizer, reward = load(config.policy, config.reward, config.prompts)
+    check_decoder(policy, config.policy)
     args = online_arguments(config.trainer, run, kind, defaults)
     trainer = in_own_order(trainer_class)(
         model=policy,

@@ -6,12 +6,13 @@ import math
 import pytest
 import torch
 
+from annotate.records import DataError
 from reward.batch import Example
-from reward.model import CheckpointError, load_policy, load_reward, new_reward_model
+from reward.model import CheckpointError, load_policy, load_reward, new_reward_model, save
 from reward.paths import choose, describe
 from reward.sampler import Sampler
 from reward.tokens import batch_of, forward, rewards
-from stages import dpo, kto, online, rm, sft
+from stages import dpo, kto, ppo, rloo, rm, sft
 from stages.ppo_models import add_value
 from stages.ppo_trainer import PPOConfig, PPOTrainer
 from tests import tiny
@@ -72,7 +73,7 @@ def test_no_token_to_start_with(tmp_path):
     folder = tiny.save_folder(tmp_path, "t5")
     for name in ("config.json", "generation_config.json"):
         tiny.change(folder / name, decoder_start_token_id=None)
-    with pytest.raises(CheckpointError, match="set decoder_start_token_id"):
+    with pytest.raises(DataError, match="set decoder_start_token_id"):
         load_policy(folder)
 
 
@@ -174,9 +175,24 @@ def test_ppo_starts_where_it_is_and_learns(tmp_path, folder):
 
 
 def test_trainers_that_take_none_say_so(tmp_path, bart):
+    said = "an encoder-decoder, which TRL's trainers do not take"
     rows = tiny.rows_file(tmp_path / "judgements.jsonl", judged())
-    with pytest.raises(CheckpointError, match="an encoder-decoder, which TRL's trainers do not take"):
-        kto.main(kto.Config(policy=bart, judgements=rows), tiny.run_in(tmp_path / "run", "kto"))
+    with pytest.raises(CheckpointError, match=said):
+        kto.main(kto.Config(policy=bart, judgements=rows), tiny.run_in(tmp_path / "kto", "kto"))
+    model, tokenizer = new_reward_model(bart)
+    save(model, tokenizer, tmp_path / "rm")
     prompts = tiny.rows_file(tmp_path / "records.jsonl", tiny.records(2, use="policy"))
-    with pytest.raises(CheckpointError, match="an encoder-decoder"):
-        online.load(bart, bart, prompts)
+    config = rloo.Config(policy=bart, reward=str(tmp_path / "rm"), prompts=prompts)
+    with pytest.raises(CheckpointError, match=said):
+        rloo.main(config, tiny.run_in(tmp_path / "rloo", "rloo"))
+
+
+def test_the_stage_ppo_takes_them(tmp_path, bart):
+    model, tokenizer = new_reward_model(bart)
+    save(model, tokenizer, tmp_path / "rm")
+    prompts = tiny.rows_file(tmp_path / "records.jsonl", tiny.records(8, use="policy"))
+    trainer = {"total_episodes": 16, "per_device_train_batch_size": 4, "response_length": 8}
+    config = ppo.Config(policy=bart, reward=str(tmp_path / "rm"), prompts=prompts, trainer=trainer)
+    run = tiny.run_in(tmp_path / "run", "ppo")
+    ppo.main(config, run)
+    assert type(load_policy(run.path / "model")[0]).__name__ == "BartForConditionalGeneration"
