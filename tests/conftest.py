@@ -4,6 +4,7 @@ import gzip
 import itertools
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -30,6 +31,8 @@ for _name in ("http_proxy", "https_proxy", "all_proxy"):  # a proxy on loopback 
     for _variable in (_name, _name.upper()):
         os.environ.pop(_variable, None)
 os.chdir(ROOT)
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # `make test &` in a script, and its children
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # The same examples every time, and no deadline: these tests also run on slow and busy machines.
 hypothesis.settings.register_profile("prefloop", deadline=None, derandomize=True)
