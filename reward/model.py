@@ -75,8 +75,7 @@ def load_tokenizer(path: str | Path) -> tuple[PreTrainedTokenizerBase, list[str]
 def load_policy(path: str | Path) -> tuple[Any, PreTrainedTokenizerBase]:
     """(language model in fp32 on the best device, tokenizer); `path` is a local folder or a hub id."""
     tokenizer, _ = load_tokenizer(path)
-    # Of some encoder-decoders the causal class would take the decoder alone.
-    kind = AutoModelForSeq2SeqLM if _load(AutoConfig, path).is_encoder_decoder else AutoModelForCausalLM
+    kind = AutoModelForSeq2SeqLM if _encodes(path) else AutoModelForCausalLM
     return _fit(_load(kind, path, dtype=torch.float32), tokenizer, path), tokenizer
 
 
@@ -154,6 +153,17 @@ def _load(cls: Any, path: str | Path, **options: Any) -> Any:
         raise CheckpointError(f"{path}: cannot be loaded as {cls.__name__} ({reason})") from error
     finally:
         logging.set_verbosity(verbosity)
+
+
+def _encodes(path: str | Path) -> bool:
+    """Is it an encoder-decoder, of which the causal class might take the decoder alone?
+
+    Not where there is no config to tell: adapters name their model elsewhere.
+    """
+    try:
+        return bool(_load(AutoConfig, path).is_encoder_decoder)
+    except CheckpointError:
+        return False
 
 
 def _fit(model: Any, tokenizer: PreTrainedTokenizerBase, path: str | Path) -> Any:

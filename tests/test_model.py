@@ -1,5 +1,6 @@
 """Checkpoints: what a folder lacks is added, what does not fit is refused, what is saved comes back."""
 
+import peft
 import pytest
 import torch
 
@@ -148,6 +149,15 @@ def test_a_folder_without_tokenizer_is_refused(family, tmp_path):
         CheckpointError, match=r"no vocabulary; save it beside|cannot be loaded as AutoTokenizer"
     ):
         load_policy(tmp_path)
+
+
+def test_a_folder_of_adapters_alone_brings_its_model_along(folders, tmp_path):
+    model, tokenizer = load_policy(folders["llama"])
+    adapted = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules="all-linear"))
+    adapted.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    assert not (tmp_path / "config.json").exists()
+    assert type(load_policy(tmp_path)[0]).__name__ == "LlamaForCausalLM"
 
 
 def test_vocabularies_are_compared_with_their_chat_templates(folders):
