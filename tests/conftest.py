@@ -31,7 +31,8 @@ for _name in ("http_proxy", "https_proxy", "all_proxy"):  # a proxy on loopback 
     for _variable in (_name, _name.upper()):
         os.environ.pop(_variable, None)
 os.chdir(ROOT)
-if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # `make test &` in a script, and its children
+# `make test &` in a script starts with Ctrl-C ignored, and the processes that tests start would inherit that.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # The same examples every time, and no deadline: these tests also run on slow and busy machines.
