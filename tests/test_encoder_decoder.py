@@ -9,6 +9,7 @@ import torch
 from annotate.records import DataError
 from reward.batch import Example
 from reward.model import CheckpointError, load_policy, load_reward, new_reward_model, save
+from reward.passes import score_head, start_token, trunk
 from reward.paths import choose, describe
 from reward.sampler import Sampler
 from reward.tokens import batch_of, forward, rewards
@@ -93,6 +94,33 @@ def test_replies_are_drawn_from_what_they_are_scored_by(folder):
             )
             _, values = forward(model, batch_of(model, [Example(prompt, (reply.tokens,))]))
         torch.testing.assert_close(torch.tensor([reply.values]), values, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("reads", ["reply", "last"])
+def test_a_score_is_that_of_the_decoders_own_states(folder, reads):
+    model, _ = new_reward_model(folder)
+    model.config.reward_reads = reads
+    start = start_token(model)
+    for example, scores in zip(EXAMPLES, rewards(model, EXAMPLES), strict=True):
+        for completion, score in zip(example.completions, scores, strict=True):
+            with torch.no_grad():
+                states = trunk(model)(
+                    input_ids=torch.tensor([example.prompt]),
+                    decoder_input_ids=torch.tensor([[start, *completion]]),
+                ).last_hidden_state[0]
+                of_tokens = score_head(model)(states[1:] if reads == "reply" else states[-1:])
+            assert score == pytest.approx(of_tokens.mean().item(), abs=1e-5)
+
+
+def test_an_empty_completion_beside_others_changes_nothing(folder):
+    model, _ = load_policy(folder)
+    gradients = []
+    for examples in (EXAMPLES, [*EXAMPLES, Example([5, 6], ([],))]):
+        model.zero_grad()
+        found = forward(model, batch_of(model, examples))[0].sum(1)[:6]
+        found.square().sum().backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]))
+    assert (gradients[0] - gradients[1]).norm() / gradients[0].norm() < 1e-5
 
 
 def test_a_score_does_not_depend_on_who_shares_the_batch(folder, tmp_path):
