@@ -46,7 +46,8 @@ class Batch:
     A row is a prompt without its last token, then for each of its completions a segment: the prompt's last
     token and the completion. Segments see the prompt and not each other, and count positions from the
     prompt's end, so each token has the numbers it would have in a row of its own; and each completion token
-    is predicted at a position of its own, so that no gradient is gathered twice from one place.
+    is predicted at a position of its own, so that no gradient is gathered twice from one place. To be scored,
+    several completions need no such position: they follow the whole prompt.
     """
 
     input_ids: Tensor
@@ -58,8 +59,9 @@ class Batch:
     would be legal."""
     shared: bool
     """Has a row more than one completion? Else the rows are causal, as any model takes them."""
-    predicts: Tensor
-    """(R, T) bool, True where the next token belongs to a completion; N times, completion by completion."""
+    reads: Tensor
+    """(R, T) bool, True where states are read: where the next token belongs to a completion or, to be scored,
+    where this one does; N times, completion by completion."""
     targets: Tensor
     """(N,) long, all completion tokens, one completion after the other."""
     mask: Tensor
@@ -77,15 +79,18 @@ class Batch:
         device: torch.device | str = "cpu",
         shared: bool = False,
         padding_free: bool = False,
+        scored: bool = False,
     ) -> "Batch":
-        """`shared`: one row for each example, not for each completion; `padding_free`: rows in one row."""
+        """`shared`: one row for each example, not for each completion; `padding_free`: rows in one row;
+        `scored`: states are read of the completions' tokens themselves, not of those that predict them."""
         rows = [row for example in examples for row in example.rows(shared)]
         completions = [completion for example in examples for completion in example.completions]
         columns: tuple[list[Any], ...] = ([], [], [], [])
+        lengths: list[int] = []
         for prompt, of_row in rows:
-            for column, values in zip(columns, _row(prompt, of_row), strict=True):
+            for column, values in zip(columns, _row(prompt, of_row, scored), strict=True):
                 column.extend(values)
-        lengths = [length for example in examples for length in example.row_lengths(shared)]
+            lengths.append(len(columns[0]) - sum(lengths))
         places, several = Places.of_rows(lengths), any(len(of_row) > 1 for _, of_row in rows)
         of_tokens = [torch.tensor(column) for column in columns]
 
@@ -102,8 +107,8 @@ class Batch:
             in_rows = [padded(*of) for of in zip(of_tokens, (pad, 0, 0, False), strict=True)]
         mask = torch.arange(max(1, *map(len, completions), 1)) < torch.tensor([[len(c)] for c in completions])
         targets = torch.tensor([token for tokens in completions for token in tokens], dtype=torch.long)
-        ids, positions, segments, predicts, targets, mask = (t.to(device) for t in (*in_rows, targets, mask))
-        return cls(ids, positions, segments, several, predicts, targets, mask, lengths, layout)
+        ids, positions, segments, reads, targets, mask = (t.to(device) for t in (*in_rows, targets, mask))
+        return cls(ids, positions, segments, several, reads, targets, mask, lengths, layout)
 
     def attention_mask(self, additive: torch.dtype | None = None) -> Tensor:
         """(R, T), 1 at tokens; where rows are shared (R, 1, T, T), True where a query may see a key.
@@ -136,17 +141,18 @@ class Batch:
         return pad_sequence(rows, batch_first=True) if self.layout is None else torch.cat(rows)[None]
 
 
-def _row(prompt: list[int], completions: Sequence[list[int]]) -> tuple[list[Any], ...]:
-    """Ids, positions, segments of a row, and which of its tokens predict one of a completion."""
-    shared = prompt[:-1]
-    ids, positions, segments = list(shared), list(range(len(shared))), [1] * len(shared)
-    predicts = [False] * len(shared)
+def _row(prompt: list[int], completions: Sequence[list[int]], scored: bool) -> tuple[list[Any], ...]:
+    """Ids, positions, segments of a row, and at which of its tokens states are read."""
+    again = 0 if scored and len(completions) > 1 else 1
+    start = len(prompt) - again
+    ids, positions, segments, reads = prompt[:start], list(range(start)), [1] * start, [False] * start
     for number, completion in enumerate(completions, 2):
-        ids += [prompt[-1], *completion]
-        positions += range(len(shared), len(prompt) + len(completion))
-        segments += [number] * (1 + len(completion))
-        predicts += [True] * len(completion) + [False]
-    return ids, positions, segments, predicts
+        ids += [*prompt[start:], *completion]
+        positions += range(start, len(prompt) + len(completion))
+        segments += [number] * (again + len(completion))
+        of_tokens = [True] * len(completion)
+        reads += [False] * again + of_tokens if scored else [*of_tokens, False]
+    return ids, positions, segments, reads
 
 
 def _seen(segments: Tensor) -> Tensor:

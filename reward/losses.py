@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from annotate.records import Judgement
 from reward.batch import Example
 from reward.together import of_parts, parts
-from reward.tokens import batch_of, device_of, scores
+from reward.tokens import device_of, scores
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ class PreferenceLikelihood:
         return sum(sum(comparison.counts) for comparison in parts(examples))
 
     def loss(self, model: Any, examples: Sequence[Example]) -> tuple[Tensor, dict[str, Tensor]]:
-        score = of_parts(examples, scores(model, batch_of(model, examples))).view(-1, 2)
+        score = of_parts(examples, scores(model, examples)).view(-1, 2)
         difference = score[:, 0] - score[:, 1]
         given = [comparison.counts for comparison in parts(examples)]
         counts = torch.tensor(given, dtype=torch.float32, device=score.device)

@@ -112,7 +112,7 @@ class _Trial:
         if not name:
             raise TypeError("found no list of its layers")
         batch = self._batch(shared, padding_free)
-        firsts = batch.predicts & ~batch.predicts.roll(1, dims=1)
+        firsts = batch.reads & ~batch.reads.roll(1, dims=1)
         with reading(trunk(self.model), name, firsts) as read:
             states = run(trunk(self.model), batch).last_hidden_state[read]
         return difference(self._plain[firsts[batch.segments > 1]], states)

@@ -129,10 +129,10 @@ def _predicted(model: Any, batch: Batch, temperature: float, with_states: bool) 
     """(N,) fp32 log-probabilities of the completion tokens, and (N, d) the states that they are read from."""
     path: Path = getattr(model, "path", Path())
     if path.head:
-        states = states_at(model, batch, batch.predicts)
+        states = states_at(model, batch, batch.reads)
         head = model.get_output_embeddings()
         return head_logprobs(states, head.weight, batch.targets, temperature, head.bias), states
-    with HeadInput(model, wanted=with_states) as hidden, read_at(model, batch.predicts) as read:
+    with HeadInput(model, wanted=with_states) as hidden, read_at(model, batch.reads) as read:
         logits = run(model, batch, logits_to_keep=read).logits
     logits = logits.float()
     if temperature != 1.0:  # a division by 1 would still be a pass over the largest tensor there is
@@ -148,23 +148,23 @@ def precision_of(model: Any) -> AbstractContextManager[Any]:
 
 def state_values(model: Any, batch: Batch) -> Tensor:
     """(K, C) fp32 values of the states before each completion token, by a sequence-classification model."""
-    return batch.pad(_scores_at(model, batch, batch.predicts))
+    return batch.pad(_scores_at(model, batch, batch.reads))
 
 
-def scores(model: Any, batch: Batch) -> Tensor:
-    """(K,) fp32 scalar rewards of a sequence-classification model.
+def scores(model: Any, examples: Sequence[Example]) -> Tensor:
+    """(K,) fp32 scalar rewards of a sequence-classification model, one for each completion.
 
     Where its config says `reward_reads: reply` (ours do) the reward is the head's mean over the states of the
     reply's tokens, the stop token included: each carries what is right or wrong at that place, which a small
     model cannot gather at the end. Else it is read at the last token, as elsewhere. Positions come from the
     segments; `transformers` would look for the last id that is not pad, the wrong token where pad = eos.
     """
-    tokens = batch.predicts.roll(1, dims=1)
+    batch = batch_of(model, examples, scored=True)
     if getattr(model.config, "reward_reads", "last") == "reply":
-        at_token = batch.pad(_scores_at(model, batch, tokens))
+        at_token = batch.pad(_scores_at(model, batch, batch.reads))
         return at_token.sum(1) / batch.mask.sum(1).clamp(min=1)
     lasts = (batch.mask & ~F.pad(batch.mask[:, 1:], (0, 1)))[batch.mask]
-    ends = tokens.masked_scatter(tokens, lasts)
+    ends = batch.reads.masked_scatter(batch.reads, lasts)
     found = _scores_at(model, batch, ends)
     return found.new_zeros(len(batch.mask)).masked_scatter(batch.mask.any(1), found)
 
@@ -193,9 +193,11 @@ def logprobs(
     model: nn.Module, examples: Sequence[Example], temperature: float = 1.0
 ) -> list[list[list[float]]]:
     """Per example and completion, the log-probability of each token (natural log); no gradient."""
-    return _without_grad(
-        model, examples, lambda batch: _rows(forward(model, batch, temperature)[0], batch.mask)
-    )
+
+    def rows(batch: Batch) -> list[list[float]]:
+        return _rows(forward(model, batch, temperature)[0], batch.mask)
+
+    return _without_grad(model, examples, lambda some: rows(batch_of(model, some)))
 
 
 def logprobs_and_values(
@@ -208,17 +210,21 @@ def logprobs_and_values(
         assert values is not None, "the model has no value head"
         return list(zip(_rows(logps, batch.mask), _rows(values, batch.mask), strict=True))
 
-    return _without_grad(model, examples, rows)
+    return _without_grad(model, examples, lambda some: rows(batch_of(model, some)))
 
 
 def values(model: nn.Module, examples: Sequence[Example]) -> list[list[list[float]]]:
     """Per example and completion, the value of the state before each token, by a model of its own."""
-    return _without_grad(model, examples, lambda batch: _rows(state_values(model, batch), batch.mask))
+
+    def rows(batch: Batch) -> list[list[float]]:
+        return _rows(state_values(model, batch), batch.mask)
+
+    return _without_grad(model, examples, lambda some: rows(batch_of(model, some)))
 
 
 def rewards(model: nn.Module, examples: Sequence[Example]) -> list[list[float]]:
     """Per example and completion, the reward model's score; no gradient."""
-    return _without_grad(model, examples, lambda batch: scores(model, batch).tolist())
+    return _without_grad(model, examples, lambda some: scores(model, some).tolist())
 
 
 def token_budget(model: nn.Module) -> int:
@@ -234,13 +240,13 @@ def token_budget(model: nn.Module) -> int:
 
 @torch.no_grad()
 def _without_grad(
-    model: nn.Module, examples: Sequence[Example], rows_of: Callable[[Batch], list[T]]
+    model: nn.Module, examples: Sequence[Example], rows_of: Callable[[list[Example]], list[T]]
 ) -> list[list[T]]:
     results: list[list[T]] = [[] for _ in examples]
     training = model.training
     model.eval()
     groups = list(grouped(model, examples))
-    found = shared(groups, lambda group: rows_of(batch_of(model, [examples[i] for i in group])))
+    found = shared(groups, lambda group: rows_of([examples[i] for i in group]))
     for group, of_group in zip(groups, found, strict=True):
         rows = iter(of_group)
         for i in group:
@@ -254,8 +260,8 @@ def grouped(model: nn.Module, examples: Sequence[Any], max_tokens: int | None = 
     return micro_batches(examples, max_tokens or token_budget(model), *_in_rows(model))
 
 
-def batch_of(model: nn.Module, examples: Sequence[Example]) -> Batch:
-    return Batch.of(examples, pad_id(model), device_of(model), *_in_rows(model))
+def batch_of(model: nn.Module, examples: Sequence[Example], scored: bool = False) -> Batch:
+    return Batch.of(examples, pad_id(model), device_of(model), *_in_rows(model), scored)
 
 
 def _in_rows(model: nn.Module) -> tuple[bool, bool]:

@@ -150,7 +150,7 @@ def test_a_layer_that_runs_again_in_backward_works_everywhere():
 def test_nothing_is_left_behind_by_a_pass_that_fails():
     model = built(CONFIGS["llama"])
     batch = Batch.of(EXAMPLES, 0)
-    with pytest.raises(ValueError, match="mine"), reading(trunk(model), "layers", batch.predicts):
+    with pytest.raises(ValueError, match="mine"), reading(trunk(model), "layers", batch.reads):
         raise ValueError("mine")
     assert run(trunk(model), batch).last_hidden_state.shape[:2] == batch.input_ids.shape
 

@@ -9,7 +9,7 @@ from reward.batch import Batch, Example, micro_batches
 from reward.head import head_logprobs
 from reward.model import load_policy, new_reward_model
 from reward.paths import choose, chosen, describe
-from reward.tokens import batch_of, forward, logprobs, rewards
+from reward.tokens import batch_of, forward, logprobs, rewards, scores
 from tests import tiny
 
 EXAMPLES = [
@@ -173,9 +173,32 @@ def test_a_shared_row_holds_the_prompt_once():
     batch = Batch.of(EXAMPLES[:1], pad=0, shared=True)
     assert batch.input_ids.tolist() == [[5, 6, 7, 8, 9, 10, 11, 1, 9, 12, 13, 14, 15, 16, 17, 1]]
     assert batch.position_ids.tolist() == [[0, 1, 2, 3, 4, 5, 6, 7, 4, 5, 6, 7, 8, 9, 10, 11]]
-    assert batch.input_ids.roll(-1, 1)[batch.predicts].tolist() == batch.targets.tolist()
+    assert batch.input_ids.roll(-1, 1)[batch.reads].tolist() == batch.targets.tolist()
     seen = batch.attention_mask()[0, 0]
     assert seen[8].nonzero().flatten().tolist() == [0, 1, 2, 3, 8]
+
+
+def test_a_row_to_be_scored_repeats_nothing():
+    batch = Batch.of(EXAMPLES[:1], pad=0, shared=True, scored=True)
+    assert batch.input_ids.tolist() == [[5, 6, 7, 8, 9, 10, 11, 1, 12, 13, 14, 15, 16, 17, 1]]
+    assert batch.position_ids.tolist() == [[0, 1, 2, 3, 4, 5, 6, 7, 5, 6, 7, 8, 9, 10, 11]]
+    assert batch.input_ids[batch.reads].tolist() == batch.targets.tolist() and batch.lengths == [15]
+    seen = batch.attention_mask()[0, 0]
+    assert seen[8].nonzero().flatten().tolist() == [0, 1, 2, 3, 4, 8]
+
+
+@pytest.mark.parametrize("reads", ["reply", "last"])
+def test_rewards_have_the_gradient_of_plain_rows(folder, reads):
+    model, _ = new_reward_model(folder)
+    model.config.reward_reads = reads
+    gradients = []
+    for _ in range(2):
+        model.zero_grad()
+        scores(model, EXAMPLES).square().sum().backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]))
+        assert choose(model, EXAMPLES).shares
+    plain, shared = gradients
+    assert (shared - plain).norm() / plain.norm() < 1e-5
 
 
 @pytest.mark.parametrize("shared", [False, True])

@@ -137,7 +137,7 @@ def test_a_value_that_starts_as_the_reward_model(tmp_path):
     batch = batch_of(reward, [example])
     with torch.no_grad():
         states = reward.model(input_ids=batch.input_ids).last_hidden_state
-        expected = reward.score(states[batch.predicts]).squeeze(-1)
+        expected = reward.score(states[batch.reads]).squeeze(-1)
     assert replies.experience[0].old_values == pytest.approx(expected.tolist(), abs=1e-5)
     with pytest.raises(UserError, match="value_init=reward needs one reward model"):
         setting(tmp_path, count_77, value_init="reward")

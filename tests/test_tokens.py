@@ -84,7 +84,7 @@ def test_batch_masks_say_which_tokens_are_the_completions():
     assert batch.targets.tolist() == [10, 11, 1, 12, 13, 14, 15, 16, 17, 1, 21, 1]
     assert batch.mask.sum(1).tolist() == [3, 7, 2]
     assert batch.attention_mask().sum(1).tolist() == [8, 12, 3]
-    following = batch.input_ids.roll(-1, 1)[batch.predicts]
+    following = batch.input_ids.roll(-1, 1)[batch.reads]
     assert following.tolist() == batch.targets.tolist()
     assert batch.pad(batch.targets)[2].tolist() == [21, 1, 0, 0, 0, 0, 0]
 
@@ -120,10 +120,11 @@ def test_scores_are_those_of_each_row_alone(reward_model, monkeypatch, reads):
             assert score == pytest.approx(expected, abs=1e-5)
 
 
-def test_neither_padding_nor_its_id_changes_a_score(reward_model):
+def test_neither_padding_nor_its_id_changes_a_score(reward_model, monkeypatch):
     with torch.no_grad():
-        together = scores(reward_model, Batch.of(EXAMPLES, pad=0))
-        other = scores(reward_model, Batch.of([*EXAMPLES, Example([5] * 80, ([6],))], pad=1))
+        together = scores(reward_model, EXAMPLES)
+        monkeypatch.setattr(reward_model.config, "pad_token_id", 1)
+        other = scores(reward_model, [*EXAMPLES, Example([5] * 80, ([6],))])
     torch.testing.assert_close(other[:4], together, atol=1e-5, rtol=0)
 
 
@@ -133,7 +134,7 @@ def test_scores_agree_with_transformers_where_pad_is_not_in_the_text(reward_mode
     batch = batch_of(reward_model, EXAMPLES)
     with torch.no_grad():
         theirs = reward_model(input_ids=batch.input_ids, attention_mask=batch.attention_mask()).logits[:, 0]
-        torch.testing.assert_close(scores(reward_model, batch), theirs, atol=1e-5, rtol=0)
+        torch.testing.assert_close(scores(reward_model, EXAMPLES), theirs, atol=1e-5, rtol=0)
 
 
 def test_the_stop_token_is_scored(reward_model):
