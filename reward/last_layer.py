@@ -99,7 +99,8 @@ class _Keys:
     def catch(self, layer: nn.Module, states: Tensor, kwargs: dict[str, Any]) -> None:
         """Run the layer up to where it knows its keys: attention and all behind it are left out."""
         try:
-            layer.forward(states, **kwargs | {"past_key_values": self})
+            with _one_query(layer, states.shape[1]):  # which nobody reads
+                layer.forward(states, **kwargs | {"past_key_values": self})
         except _Caught:
             return
         raise NotImplementedError("its last layer asks no cache for keys")
@@ -113,3 +114,18 @@ class _Keys:
 
 class _Caught(Exception):
     """The keys are there."""
+
+
+@contextmanager
+def _one_query(layer: nn.Module, length: int) -> Iterator[None]:
+    """Inside, a layer that has a module for its queries makes one for each row and has it `length` times."""
+    hooks = []
+    for name, module in layer.named_modules():
+        if name.endswith(".q_proj"):
+            hooks.append(module.register_forward_pre_hook(lambda _, given: (given[0][:, :1],)))
+            hooks.append(module.register_forward_hook(lambda _, __, made: made.expand(-1, length, -1)))
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()

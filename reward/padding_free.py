@@ -9,12 +9,15 @@ returns is taken out of them. That is what `padding_free` is elsewhere on kernel
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+from reward import short_attention
 
 NAME = "sdpa_padding_free"
 
@@ -72,6 +75,14 @@ class Layout:
     mask: Tensor | None = None
     """(R, 1, Tq, Tk) bool, True where a query sees a key; None: each sees its row up to itself."""
 
+    @cached_property
+    def bias(self) -> Tensor:
+        """(R, 1, Tq, Tk), or (1, 1, T, T) without a mask: 0 where a query sees a key, else -inf."""
+        device, length = self.keys.places.device, self.keys.shape[1]
+        causal = torch.ones(1, 1, length, length, dtype=torch.bool, device=device).tril()
+        seen = causal if self.mask is None else self.mask
+        return torch.zeros(seen.shape, device=device).masked_fill_(~seen, -torch.inf)
+
     def read_at(self, index: Tensor) -> "Layout":
         """Of queries of some tokens alone, `index` (M,) of all N; keys remain of all."""
         rows, width = self.keys.shape
@@ -101,7 +112,10 @@ def attention(
     if others.get("sliding_window") is not None:
         raise NotImplementedError("a sliding window")
     states = layout.queries.pad(query), layout.keys.pad(key), layout.keys.pad(value)
-    rows, _ = sdpa_attention_forward(module, *states, layout.mask, **others)
+    if short_attention.fits(query, states[1], others):
+        rows = short_attention.attention(*states, layout.bias, others.get("scaling"))
+    else:
+        rows, _ = sdpa_attention_forward(module, *states, layout.mask, **others)
     return layout.queries.unpad(rows), None
 
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from reward.batch import Batch, Example
 from reward.last_layer import layers_of, reading
 from reward.passes import run, trunk
+from reward.rotary import rotating, turns
 from reward.tokens import Path, device_of, pad_id
 
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
@@ -39,12 +40,19 @@ def choose(model: Any, examples: Sequence[Example]) -> Path:
     head, why_not = attempt(trial.head_error)
     name, _ = layers_of(trunk(model)) or ("", None)
     alone, why_whole = attempt(lambda: trial.last_layer_error(shares, padding_free, name))
+    rotary, why_turns = attempt(trial.rotary_error)
     tried = trial.examples[-1].length
     model.train(training)
     if wrapped is not None:  # a Trainer's, in mixed precision, which rounds more than the shortcuts differ
         model.forward = wrapped
     path = Path(
-        shares, head, padding_free, name if alone else "", (why, why_padding, why_not, why_whole), tried
+        shares,
+        head,
+        padding_free,
+        name if alone else "",
+        rotary,
+        (why, why_padding, why_not, why_whole, why_turns),
+        tried,
     )
     model.path = path
     return path
@@ -59,7 +67,7 @@ def chosen(model: Any, examples: Sequence[Example]) -> Any:
 
 
 def describe(path: Path) -> str:
-    of_rows, of_padding, _, of_layer = path.why
+    of_rows, of_padding, _, of_layer, _ = path.why
     rows = "completions of a prompt share its row" if path.shares else "a row for each completion"
     padding = "without padding" if path.padding_free else "padded"
     layer = "where it is read alone" if path.layers else "everywhere"
@@ -116,6 +124,13 @@ class _Trial:
         with reading(trunk(self.model), name, firsts) as read:
             states = run(trunk(self.model), batch).last_hidden_state[read]
         return difference(self._plain[firsts[batch.segments > 1]], states)
+
+    def rotary_error(self) -> tuple[float, float]:
+        """Are they the same where positions turn queries and keys in fewer passes?"""
+        if not turns(trunk(self.model)) or device_of(self.model).type != "cpu":
+            raise TypeError("not by the usual function on a CPU")
+        with rotating(trunk(self.model)):
+            return difference(self._plain, torch.cat([self._states(row) for row in self._rows]))
 
     @cached_property
     def _plain(self) -> Tensor:

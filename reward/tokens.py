@@ -5,7 +5,7 @@ the same sequence: the chat template up to the reply, the reply's own tokens, th
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -20,6 +20,7 @@ from reward.head import HeadInput, head_logprobs
 from reward.last_layer import reading
 from reward.parallel import shared
 from reward.passes import run, score_head, trunk
+from reward.rotary import rotating
 
 T = TypeVar("T")
 
@@ -36,8 +37,10 @@ class Path:
     """Rows can lie one behind the other, without padding."""
     layers: str = ""
     """Name of the trunk's list of layers, whose last can work where it is read alone; empty if it cannot."""
+    rotary: bool = False
+    """Positions turn queries and keys as `reward.rotary` does."""
     why: tuple[str, ...] = ()
-    """Of rows, padding, head and layers, in this order."""
+    """Of rows, padding, head, layers and positions, in this order."""
     length: int = 0
     """Tokens of the longest sequence they were tried on: a sliding window shows in longer ones alone."""
 
@@ -183,10 +186,14 @@ def states_at(model: Any, batch: Batch, at: Tensor) -> Tensor:
     return states
 
 
-def read_at(model: Any, at: Tensor) -> AbstractContextManager[Tensor]:
+@contextmanager
+def read_at(model: Any, at: Tensor) -> Iterator[Tensor]:
     """Around a pass that is read at `at` (R, T) alone; gives the mask that finds these in what it returns."""
     path: Path = getattr(model, "path", Path())
-    return reading(trunk(model), path.layers, at) if path.layers else nullcontext(at)
+    inner = trunk(model)
+    narrowed = reading(inner, path.layers, at) if path.layers else nullcontext(at)
+    with rotating(inner) if path.rotary else nullcontext(), narrowed as read:
+        yield read
 
 
 def logprobs(

@@ -162,3 +162,14 @@ def test_a_model_without_such_a_layer_is_left_whole():
     nothing = nn.Module()
     nothing.config = SimpleNamespace(get_text_config=lambda: SimpleNamespace(num_hidden_layers=2))
     assert layers_of(nothing) is None
+
+
+def test_the_pass_for_keys_makes_no_queries():
+    model, batch, seen = built(CONFIGS["llama"]), Batch.of(EXAMPLES, 0, shared=True), []
+    queries = trunk(model).layers[-1].self_attn.q_proj
+    queries.register_forward_hook(lambda _, given, __: seen.append(given[0].shape[1]))
+    with reading(trunk(model), "layers", batch.reads & ~batch.reads.roll(1, dims=1)):
+        run(trunk(model), batch)
+    assert seen == [1, 2]  # one for the keys; then those that are read, of two completions
+    run(trunk(model), batch)
+    assert seen[2:] == [batch.input_ids.shape[1]]
