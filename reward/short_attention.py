@@ -19,6 +19,7 @@ def fits(query: Tensor, key: Tensor, others: dict[str, Any]) -> bool:
     return (
         query.requires_grad
         and query.device.type == "cpu"
+        and not torch.is_autocast_enabled("cpu")
         and query.dtype is key.dtype is torch.float32
         and key.shape[2] <= LONGEST
         and not others.get("dropout")

@@ -42,6 +42,8 @@ def test_only_short_rows_in_training_with_a_mask_alone():
     assert not fits(q.detach(), k, {}) and not fits(q.bfloat16(), k.bfloat16(), {})
     for asked in ({"dropout": 0.1}, {"is_causal": False}, {"position_bias": q}, {"softcap": 30.0}):
         assert not fits(q, k, asked)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert not fits(q, k, {})
 
 
 @pytest.mark.parametrize("several", [True, False])

@@ -77,8 +77,8 @@ CASES = {
     "dpo, V 32768, 384x6": Case("dpo", ">= 5", 16, hidden=384, layers=6, vocabulary=32768),
     "rm": Case("rm", ">= 2", 128),
     # The smallest differences, as of packing above: more turns or rows, for an interval that tells.
-    "short sft": Case("sft", ">= 1.3", 512, rows="short", turns=8),
-    "short dpo": Case("dpo", ">= 1.3", 512, rows="short", turns=8),
+    "short sft": Case("sft", ">= 1.3", 512, rows="short", turns=5),
+    "short dpo": Case("dpo", ">= 1.3", 512, rows="short", turns=5),
     "short rm": Case("rm", ">= 1.3", 1024, rows="short", turns=12),
 }
 
