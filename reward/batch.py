@@ -34,7 +34,7 @@ class Example:
         ]
 
     def row_lengths(self, shared: bool) -> list[int]:
-        """Tokens of each row."""
+        """Tokens of each row; of one with several completions to be scored, at most."""
         return [len(prompt) - 1 + sum(1 + len(c) for c in cs) for prompt, cs in self.rows(shared)]
 
 
@@ -47,7 +47,7 @@ class Batch:
     token and the completion. Segments see the prompt and not each other, and count positions from the
     prompt's end, so each token has the numbers it would have in a row of its own; and each completion token
     is predicted at a position of its own, so that no gradient is gathered twice from one place. To be scored,
-    several completions need no such position: they follow the whole prompt.
+    several completions need no such position, and follow the whole prompt; one alone keeps its row.
     """
 
     input_ids: Tensor

@@ -123,7 +123,7 @@ def _one_query(layer: nn.Module, length: int) -> Iterator[None]:
     for name, module in layer.named_modules():
         if name.endswith(".q_proj"):
             hooks.append(module.register_forward_pre_hook(lambda _, given: (given[0][:, :1],)))
-            hooks.append(module.register_forward_hook(lambda _, __, made: made.expand(-1, length, -1)))
+            hooks.append(module.register_forward_hook(lambda _, __, made: made.repeat(1, length, 1)))
     try:
         yield
     finally:

@@ -112,7 +112,7 @@ def attention(
     if others.get("sliding_window") is not None:
         raise NotImplementedError("a sliding window")
     states = layout.queries.pad(query), layout.keys.pad(key), layout.keys.pad(value)
-    if short_attention.fits(query, states[1], others):
+    if getattr(module, "is_causal", True) and short_attention.fits(query, states[1], others):
         rows = short_attention.attention(*states, layout.bias, others.get("scaling"))
     else:
         rows, _ = sdpa_attention_forward(module, *states, layout.mask, **others)

@@ -1,9 +1,10 @@
 """Which shortcuts give a model's own numbers: found out by trying them, once, on rows of the training itself.
 
 Two completions of one prompt can share its row, rows can lie one behind the other without padding,
-log-probabilities can be made from the states below the head, and the last layer can work where it is read
-alone. All hold for most decoders and fail for some (a sliding window, ALiBi, a recurrent state, an encoder, a
-head that scales or caps its logits), in ways that a list of architectures would never keep up with.
+log-probabilities can be made from the states below the head, the last layer can work where it is read alone,
+and positions can turn queries and keys in fewer passes. All hold for most decoders and fail for some (sliding
+windows, ALiBi, a recurrent state, an encoder, a head that scales or caps its logits), in ways that a list of
+architectures would never keep up with.
 """
 
 from collections.abc import Sequence
@@ -67,11 +68,15 @@ def chosen(model: Any, examples: Sequence[Example]) -> Any:
 
 
 def describe(path: Path) -> str:
-    of_rows, of_padding, _, of_layer, _ = path.why
+    of_rows, of_padding, _, of_layer, of_turns = path.why
     rows = "completions of a prompt share its row" if path.shares else "a row for each completion"
     padding = "without padding" if path.padding_free else "padded"
     layer = "where it is read alone" if path.layers else "everywhere"
-    return f"{rows} ({of_rows}), {padding} ({of_padding}); the last layer works {layer} ({of_layer})"
+    turned = "in fewer passes" if path.rotary else "as the model does"
+    return (
+        f"{rows} ({of_rows}), {padding} ({of_padding}); the last layer works {layer} ({of_layer}); "
+        f"positions act {turned} ({of_turns})"
+    )
 
 
 def attempt(error: Any) -> tuple[bool, str]:
@@ -102,7 +107,8 @@ class _Trial:
         """Are they the same where rows lie one behind the other?"""
         if (kind := trunk(self.model).config._attn_implementation) != "sdpa":
             raise TypeError(f"attention is {kind}, not sdpa")
-        return difference(self._plain, self._states(self._batch(shared, padding_free=True)))
+        with torch.enable_grad():  # in training, attention of short rows is another
+            return difference(self._plain, self._states(self._batch(shared, padding_free=True)).detach())
 
     def head_error(self) -> tuple[float, float]:
         """Are the model's logits its head's product with the trunk's states, and nothing else?"""
@@ -129,6 +135,8 @@ class _Trial:
         """Are they the same where positions turn queries and keys in fewer passes?"""
         if not turns(trunk(self.model)) or device_of(self.model).type != "cpu":
             raise TypeError("not by the usual function on a CPU")
+        if getattr(trunk(self.model), "is_activation_checkpointing", False):
+            raise TypeError("backward runs layers again")
         with rotating(trunk(self.model)):
             return difference(self._plain, torch.cat([self._states(row) for row in self._rows]))
 

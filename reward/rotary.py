@@ -47,7 +47,7 @@ class _Rotation:
 
     def __init__(self, plain: Callable[..., tuple[Tensor, Tensor]]):
         self.plain = plain
-        self.known: dict[tuple[int, int], tuple[Tensor, Turned]] = {}
+        self.known: dict[tuple[int, int, int], tuple[Tensor, Tensor, Turned]] = {}
 
     def __call__(self, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *more: Any, **named: Any) -> Any:
         """Queries and keys (B, H, N, D), turned; cos and sin (B, N, D), or of one row for all."""
@@ -59,11 +59,12 @@ class _Rotation:
         """(B * N * H, D) factors of the states, and (B * N * H, 2, D / 2) of their halves, flipped; for both
         directions."""
         rows, heads, length, width = states.shape
-        if (id(cos), heads) not in self.known:
+        key = id(cos), id(sin), heads  # both are kept, so that their ids are not another's
+        if key not in self.known:
             own, other = (x[:, :, None].expand(rows, length, heads, width) for x in (cos, sin))
             flipped = other.reshape(-1, 2, width // 2) * torch.tensor([[-1.0], [1.0]])
-            self.known[id(cos), heads] = cos, (own.reshape(-1, width), flipped, flipped.flip(1))
-        return self.known[id(cos), heads][1]  # cos is kept, so that its id is not another's
+            self.known[key] = cos, sin, (own.reshape(-1, width), flipped, flipped.flip(1))
+        return self.known[key][2]
 
 
 def _fits(states: Tensor, cos: Tensor) -> bool:

@@ -48,7 +48,7 @@ class _Attention(torch.autograd.Function):
         weights = torch.softmax(scores.baddbmm_(q, k.mT, alpha=scale), dim=-1)
         ctx.save_for_backward(q, k, v, weights)
         ctx.scale, ctx.shapes = scale, (query.shape, key.shape, value.shape)
-        return torch.bmm(weights, v).view(*query.shape[:3], -1).transpose(1, 2)
+        return torch.bmm(weights, v).view(*query.shape[:3], -1).transpose(1, 2).contiguous()
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:

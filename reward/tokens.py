@@ -188,7 +188,10 @@ def states_at(model: Any, batch: Batch, at: Tensor) -> Tensor:
 
 @contextmanager
 def read_at(model: Any, at: Tensor) -> Iterator[Tensor]:
-    """Around a pass that is read at `at` (R, T) alone; gives the mask that finds these in what it returns."""
+    """Around a pass that is read at `at` (R, T) alone; gives the mask that finds these in what it returns.
+
+    Layers take the shortcuts that `model.path` has for them.
+    """
     path: Path = getattr(model, "path", Path())
     inner = trunk(model)
     narrowed = reading(inner, path.layers, at) if path.layers else nullcontext(at)

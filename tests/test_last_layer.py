@@ -13,6 +13,7 @@ from transformers import (
     Gemma3TextConfig,
     LlamaConfig,
     MistralConfig,
+    OlmoConfig,
     Phi3Config,
     Qwen3Config,
 )
@@ -47,6 +48,7 @@ CONFIGS = {
     "phi3": Phi3Config(**SIZES),
     "gemma3": Gemma3TextConfig(**SIZES, head_dim=8, sliding_window=16),
     "mistral": MistralConfig(**SIZES, sliding_window=16),
+    "olmo": OlmoConfig(**SIZES, clip_qkv=0.5),  # which clips queries in place
 }
 
 

@@ -7,7 +7,7 @@ from transformers import CohereConfig, GPT2Config, LlamaConfig, MistralConfig, P
 
 from reward.batch import Batch
 from reward.passes import run, trunk
-from reward.paths import choose
+from reward.paths import choose, describe
 from reward.rotary import _Rotation, rotating
 from tests.test_last_layer import EXAMPLES, SIZES, built
 from tests.test_padding_free import SMALL
@@ -37,7 +37,8 @@ def test_a_pass_has_the_models_own_numbers(name):
         ours = states_and_gradient(model)
     torch.testing.assert_close(ours[0], plain[0], atol=1e-5, rtol=1e-5)
     assert (ours[1] - plain[1]).norm() / plain[1].norm() < 1e-5
-    assert choose(model, EXAMPLES).rotary
+    path = choose(model, EXAMPLES)
+    assert path.rotary and "; positions act in fewer passes (differs by " in describe(path)
 
 
 def test_the_function_itself_to_the_last_digits():
@@ -61,6 +62,14 @@ def test_halves_that_take_turns_are_found_out():
 def test_no_such_function():
     path = choose(built(GPT2Config(**SMALL)), EXAMPLES)
     assert not path.rotary and path.why[4] == "refused: not by the usual function on a CPU"
+
+
+def test_it_is_not_taken_untried():
+    """Where activations are checkpointed a pass is the plain one, so comparing it would show nothing."""
+    model = built(CohereConfig(**SIZES))
+    model.activation_checkpointing_enable()
+    path = choose(model, EXAMPLES)
+    assert not path.rotary and path.why[4] == "refused: backward runs layers again"
 
 
 @pytest.mark.parametrize("checkpointed", [False, True])

@@ -35,6 +35,22 @@ def test_values_and_gradients_are_those_of_pytorch(of_keys, lengths, scale):
         torch.testing.assert_close(mine, theirs, atol=1e-6, rtol=1e-5)
 
 
+def test_what_it_gives_lies_in_memory_as_pytorchs():
+    """Some models take views of it (JetMoE), of a single row without a copy."""
+    q, k = states(5, 4, rows=1), states(5, 2, rows=1)
+    assert attention(q, k, k, torch.zeros(1, 1, 5, 5), None).is_contiguous()
+
+
+def test_attention_in_both_directions_is_left_to_pytorch(monkeypatch):
+    model = built(LlamaConfig(**SIZES))
+    for layer in model.model.layers:
+        layer.self_attn.is_causal = False
+    one = [Example([5, 6, 7], ([8, 9, 1],))] * 3  # of one length: no mask
+    plain = passed(model, Batch.of(one, 0, padding_free=True))
+    monkeypatch.setattr(short_attention, "fits", lambda *_: False)
+    assert_same(passed(model, Batch.of(one, 0, padding_free=True)), plain)
+
+
 def test_only_short_rows_in_training_with_a_mask_alone():
     q, k = states(5, 2), states(LONGEST, 2)
     assert fits(q, k, {"scaling": 0.1, "dropout": 0.0, "position_bias": None})
