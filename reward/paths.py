@@ -107,8 +107,10 @@ class _Trial:
         """Are they the same where rows lie one behind the other?"""
         if (kind := trunk(self.model).config._attn_implementation) != "sdpa":
             raise TypeError(f"attention is {kind}, not sdpa")
+        batch = self._batch(shared, padding_free=True)
         with torch.enable_grad():  # in training, attention of short rows is another
-            return difference(self._plain, self._states(self._batch(shared, padding_free=True)).detach())
+            states = self._states(batch).detach()
+        return difference(self._plain, states)
 
     def head_error(self) -> tuple[float, float]:
         """Are the model's logits its head's product with the trunk's states, and nothing else?"""
