@@ -88,9 +88,10 @@ class Batch:
         columns: tuple[list[Any], ...] = ([], [], [], [])
         lengths: list[int] = []
         for prompt, of_row in rows:
-            for column, values in zip(columns, _row(prompt, of_row, scored), strict=True):
+            row = _row(prompt, of_row, scored)
+            lengths.append(len(row[0]))
+            for column, values in zip(columns, row, strict=True):
                 column.extend(values)
-            lengths.append(len(columns[0]) - sum(lengths))
         places, several = Places.of_rows(lengths), any(len(of_row) > 1 for _, of_row in rows)
         of_tokens = [torch.tensor(column) for column in columns]
 

@@ -78,10 +78,11 @@ class Layout:
     @cached_property
     def bias(self) -> Tensor:
         """(R, 1, Tq, Tk), or (1, 1, T, T) without a mask: 0 where a query sees a key, else -inf."""
-        device, length = self.keys.places.device, self.keys.shape[1]
-        causal = torch.ones(1, 1, length, length, dtype=torch.bool, device=device).tril()
-        seen = causal if self.mask is None else self.mask
-        return torch.zeros(seen.shape, device=device).masked_fill_(~seen, -torch.inf)
+        seen, length = self.mask, self.keys.shape[1]
+        if seen is None:
+            device = self.keys.places.device
+            seen = torch.ones(1, 1, length, length, dtype=torch.bool, device=device).tril()
+        return torch.zeros(seen.shape, device=seen.device).masked_fill_(~seen, -torch.inf)
 
     def read_at(self, index: Tensor) -> "Layout":
         """Of queries of some tokens alone, `index` (M,) of all N; keys remain of all."""

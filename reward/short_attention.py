@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 LONGEST = 256
-"""Keys of a row: with more, the weights kept are large and little is gained."""
+"""Keys of a row: the weights kept grow with their square."""
 
 
 def fits(query: Tensor, key: Tensor, others: dict[str, Any]) -> bool:

@@ -204,10 +204,11 @@ def logprobs(
 ) -> list[list[list[float]]]:
     """Per example and completion, the log-probability of each token (natural log); no gradient."""
 
-    def rows(batch: Batch) -> list[list[float]]:
+    def rows(some: list[Example]) -> list[list[float]]:
+        batch = batch_of(model, some)
         return _rows(forward(model, batch, temperature)[0], batch.mask)
 
-    return _without_grad(model, examples, lambda some: rows(batch_of(model, some)))
+    return _without_grad(model, examples, rows)
 
 
 def logprobs_and_values(
@@ -215,21 +216,23 @@ def logprobs_and_values(
 ) -> list[list[tuple[list[float], list[float]]]]:
     """As `logprobs`, with the value of the state before each token beside it."""
 
-    def rows(batch: Batch) -> list[tuple[list[float], list[float]]]:
+    def rows(some: list[Example]) -> list[tuple[list[float], list[float]]]:
+        batch = batch_of(model, some)
         logps, values = forward(model, batch, temperature)
         assert values is not None, "the model has no value head"
         return list(zip(_rows(logps, batch.mask), _rows(values, batch.mask), strict=True))
 
-    return _without_grad(model, examples, lambda some: rows(batch_of(model, some)))
+    return _without_grad(model, examples, rows)
 
 
 def values(model: nn.Module, examples: Sequence[Example]) -> list[list[list[float]]]:
     """Per example and completion, the value of the state before each token, by a model of its own."""
 
-    def rows(batch: Batch) -> list[list[float]]:
+    def rows(some: list[Example]) -> list[list[float]]:
+        batch = batch_of(model, some)
         return _rows(state_values(model, batch), batch.mask)
 
-    return _without_grad(model, examples, lambda some: rows(batch_of(model, some)))
+    return _without_grad(model, examples, rows)
 
 
 def rewards(model: nn.Module, examples: Sequence[Example]) -> list[list[float]]:

@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from transformers import LlamaConfig
 
 from reward import short_attention
 from reward.batch import Batch, Example
@@ -10,7 +11,7 @@ from reward.paths import choose
 from reward.short_attention import LONGEST, attention, fits
 from reward.tokens import forward
 from tests.test_last_layer import EXAMPLES, SIZES, built
-from tests.test_padding_free import LlamaConfig, assert_same, passed
+from tests.test_padding_free import assert_same, passed
 
 
 def states(length, heads, width=8, rows=3):
