@@ -118,7 +118,7 @@ class _Caught(Exception):
 
 @contextmanager
 def _one_query(layer: nn.Module, length: int) -> Iterator[None]:
-    """Inside, a layer with a module for its queries (R, T, d) makes one a row, and has it `length` = T times."""
+    """Inside, a layer with a module for queries (R, T, d) makes one a row, and has it T = `length` times."""
     hooks = []
     for name, module in layer.named_modules():
         if name.endswith(".q_proj"):
